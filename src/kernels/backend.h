@@ -1,0 +1,98 @@
+// kernels/backend.h — the table of kernels, one row per backend, and what every op is called with.
+//
+// A new op is a header (argument struct, maths), a door (kernels/x.cc: checks, then the table), a line here and a line
+// in each backend. A backend without a body says nullptr; its door then throws `OP: no body in backend NAME`.
+#pragma once
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/parallel.h"
+#include "base/tensor.h"
+
+namespace kda {
+
+struct Context;
+
+// How products are taken on the CPU. fast: bf16 operands, fp32 sums where the CPU has bf16 instructions; exact: fp32.
+enum class Precision { fast, exact };
+
+// N sequences packed along T tokens: sequence n is tokens start[n] .. start[n+1]-1; empty ones are allowed.
+// Built once per batch; doors check the host copy, bodies read the one in the backend's memory.
+struct Packing {
+  std::span<const int32_t> host_start;  // [N+1]
+  const int32_t* start = nullptr;       // [N+1] in the backend's memory; on the CPU the same array
+  int64_t N() const { return int64_t(host_start.size()) - 1; }
+  int64_t T() const { return host_start.back(); }
+  int64_t longest() const;
+};
+
+// Where each sequence's state lies in a pool: int32 [N] in the backend's memory. in = -1: starts from zeros;
+// out = -1: not kept. in == out updates in place; no slot may be written by two sequences.
+struct Slots {
+  const int32_t* in = nullptr;
+  const int32_t* out = nullptr;
+};
+
+struct Embedding;
+struct RmsNorm;
+struct Matmul;
+struct AddRows;
+struct AddBias;
+struct Relu2;
+struct SwiGlu;
+struct Rope;
+struct Attention;
+struct Conv;
+struct KdaPrep;
+struct KdaForward;
+struct KdaOutput;
+struct KdaDecode;
+struct TokenLoss;
+
+struct Backend {
+  const char* name;
+  Tensor (*alloc)(Dtype, Shape);                                     // zeroed
+  void (*copy)(Context&, void* dst, const void* src, size_t bytes);  // either way; done when it returns
+  void (*embedding)(Context&, const Embedding&);
+  void (*rms_norm)(Context&, const RmsNorm&);
+  void (*matmul)(Context&, const Matmul&);
+  void (*matvec)(Context&, const Matmul&);
+  void (*add_rows)(Context&, const AddRows&);
+  void (*add_bias)(Context&, const AddBias&);
+  void (*relu2)(Context&, const Relu2&);
+  void (*swiglu)(Context&, const SwiGlu&);
+  void (*rope)(Context&, const Rope&);
+  void (*attention)(Context&, const Attention&);
+  void (*conv_silu)(Context&, const Conv&);
+  void (*kda_prep)(Context&, const KdaPrep&);
+  void (*kda_forward)(Context&, const KdaForward&);
+  void (*kda_output)(Context&, const KdaOutput&);
+  void (*kda_decode)(Context&, const KdaDecode&);
+  void (*token_loss)(Context&, const TokenLoss&);
+};
+
+// What an op runs on. The workspace is scratch for one op at a time, sized beforehand with X_workspace_bytes.
+struct Context {
+  const Backend* backend = nullptr;
+  ThreadPool* pool = nullptr;
+  Precision precision = Precision::fast;
+  Tensor workspace;             // u8 [bytes] in the backend's memory
+  void* stream = nullptr;       // cudaStream_t for CUDA: compute
+  void* copy_stream = nullptr;  // cudaStream_t for CUDA: copies
+};
+
+// Throws Error unless the context's workspace holds `bytes`; returns its start.
+void* workspace(Context&, size_t bytes, const char* op);
+
+const Backend& cpu_backend();
+const Backend* cuda_backend();  // nullptr when built without CUDA (cuda/none.cc) or when no device answers
+
+// Used by the doors: throws unless the backend has a body for the op.
+template <class F>
+F body(Context& ctx, F f, const char* op) {
+  KDA_CHECK(f, op, ": no body in backend ", ctx.backend->name);
+  return f;
+}
+
+}  // namespace kda

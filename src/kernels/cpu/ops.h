@@ -1,0 +1,24 @@
+// kernels/cpu/ops.h — the CPU bodies, one for each line of the table. Arguments were checked by the doors.
+#pragma once
+#include "kernels/backend.h"
+
+namespace kda::cpu {
+
+void embedding(Context&, const Embedding&);
+void rms_norm(Context&, const RmsNorm&);
+void matmul(Context&, const Matmul&);
+void matvec(Context&, const Matmul&);
+void add_rows(Context&, const AddRows&);
+void add_bias(Context&, const AddBias&);
+void relu2(Context&, const Relu2&);
+void swiglu(Context&, const SwiGlu&);
+void rope(Context&, const Rope&);
+void attention(Context&, const Attention&);
+void conv_silu(Context&, const Conv&);
+void kda_prep(Context&, const KdaPrep&);
+void kda_forward(Context&, const KdaForward&);
+void kda_output(Context&, const KdaOutput&);
+void kda_decode(Context&, const KdaDecode&);
+void token_loss(Context&, const TokenLoss&);
+
+}  // namespace kda::cpu

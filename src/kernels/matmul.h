@@ -1,0 +1,34 @@
+// kernels/matmul.h — y_i = x W_i^T for up to 8 matrices that share their input (q, k, v, f0, g0, b in one pass).
+//
+//   y_i[r,n] = sum_k x[r,k] * W_i[n,k]          (int8: times scale_i[n])
+//
+// Two ops with one meaning. matmul is for prompts: many rows; weights are repacked panel by panel and multiplied by a
+// library GEMM (oneDNN on the CPU, cuBLASLt on CUDA). matvec is for generated tokens: the weights are streamed once,
+// as they lie, for all R rows, and this is bound by memory. In each, a row's result depends only on that row: not on R,
+// on the thread count, nor on its neighbours.
+// dtypes (cpu)  x, y f32; W f32 | bf16 | f16 | i8 with f32 scale [N].
+// Precision     fast: bf16 operands, fp32 sums, where the CPU has such instructions; exact: fp32. matvec always has fp32 x
+//               and exact products of it with the stored weights, fp32 sums.
+#pragma once
+#include "kernels/backend.h"
+
+namespace kda {
+
+struct MatmulSegment {
+  WeightView w;  // [N,K]
+  View y;        // [R,N]  written in full
+};
+
+struct Matmul {
+  ConstView x;                              // [R,K]  R >= 0
+  std::span<const MatmulSegment> segments;  // 1..8
+};
+
+void matmul(Context&, const Matmul&);
+void matvec(Context&, const Matmul&);
+
+// Upper bounds on scratch for a product with R rows, input width K and at most N rows in any one matrix.
+size_t matmul_workspace_bytes(const Context&, int64_t R, int64_t K, int64_t N);
+size_t matvec_workspace_bytes(const Context&, int64_t R, int64_t K, int64_t N);
+
+}  // namespace kda

@@ -1,0 +1,36 @@
+// kernels/pointwise.h — elementwise parts of a layer. dtypes (cpu): all f32.
+#pragma once
+#include "kernels/backend.h"
+
+namespace kda {
+
+// y += x
+struct AddRows {
+  ConstView x;  // [R,D]
+  View y;       // [R,D]
+};
+
+// y[r,:] += bias
+struct AddBias {
+  ConstView bias;  // [D]
+  View y;          // [R,D]
+};
+
+// y = max(x, 0)^2
+struct Relu2 {
+  ConstView x;  // [R,F]
+  View y;       // [R,F]  may be x
+};
+
+// y = gate * sigmoid(gate) * up
+struct SwiGlu {
+  ConstView gate, up;  // [R,F]
+  View y;              // [R,F]  may be gate or up
+};
+
+void add_rows(Context&, const AddRows&);
+void add_bias(Context&, const AddBias&);
+void relu2(Context&, const Relu2&);
+void swiglu(Context&, const SwiGlu&);
+
+}  // namespace kda

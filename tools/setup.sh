@@ -54,9 +54,18 @@ if [ "$(id -u)" != 0 ]; then
 fi
 echo "setup: installing ${missing[*]}"
 install=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}")
-# The lists of a fresh machine are empty or old: only then are they fetched.
+# A fresh machine has no package lists, an idle one has old ones, which name files that are gone.
+update=("${root[@]}" apt-get update -q)
+fresh=0
+for p in "${missing[@]}"; do
+  apt-cache show "$p" >/dev/null 2>&1 && continue
+  "${update[@]}" </dev/null
+  fresh=1
+  break
+done
 if ! "${install[@]}" </dev/null; then
+  [ $fresh = 0 ] || exit 1
   echo "setup: that failed; fetching the package lists and trying again"
-  "${root[@]}" apt-get update -q </dev/null
+  "${update[@]}" </dev/null
   "${install[@]}" </dev/null
 fi

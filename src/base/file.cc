@@ -33,6 +33,16 @@ Descriptor open_readable(const fs::path& path, struct stat& st) {
 }
 }  // namespace
 
+bool path_exists(const fs::path& path) {
+  std::error_code none;
+  return fs::exists(path, none);
+}
+
+bool is_folder(const fs::path& path) {
+  std::error_code none;
+  return fs::is_directory(path, none);
+}
+
 std::string read_file(const fs::path& path, size_t max_bytes) {
   struct stat st;
   const Descriptor d = open_readable(path, st);

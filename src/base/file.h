@@ -10,6 +10,10 @@
 
 namespace kda {
 
+// Whether something, or a folder, is there. What cannot be looked at (no permission, a name too long) is not there.
+bool path_exists(const std::filesystem::path&);
+bool is_folder(const std::filesystem::path&);
+
 // Throws Error naming the path and the system's reason. Refuses a file larger than max_bytes.
 std::string read_file(const std::filesystem::path&, size_t max_bytes = size_t(1) << 32);
 

@@ -10,7 +10,9 @@ pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)
 if(NOT TARGET DNNL::dnnl)
   find_path(DNNL_INCLUDE dnnl.hpp REQUIRED)
   find_library(DNNL_LIBRARY dnnl REQUIRED)
+  find_package(OpenMP REQUIRED COMPONENTS CXX)  # oneDNN's own runtime: we tell it to stay on the calling thread
   add_library(DNNL::dnnl UNKNOWN IMPORTED)
   set_target_properties(DNNL::dnnl PROPERTIES IMPORTED_LOCATION ${DNNL_LIBRARY}
-                                              INTERFACE_INCLUDE_DIRECTORIES ${DNNL_INCLUDE})
+                                              INTERFACE_INCLUDE_DIRECTORIES ${DNNL_INCLUDE}
+                                              INTERFACE_LINK_LIBRARIES OpenMP::OpenMP_CXX)
 endif()

@@ -1,7 +1,5 @@
 #include "kernels/matmul.h"
 
-#include "kernels/cpu/matmul.h"
-
 namespace kda {
 
 namespace {
@@ -39,11 +37,5 @@ void matvec(Context& ctx, const Matmul& a) {
   check(a, "matvec");
   body(ctx, ctx.backend->matvec, "matvec")(ctx, a);
 }
-
-size_t matmul_workspace_bytes(const Context& ctx, int64_t R, int64_t K, int64_t) {
-  return ctx.backend == &cpu_backend() ? cpu::matmul_workspace_bytes(ctx, R, K) : 0;
-}
-
-size_t matvec_workspace_bytes(const Context&, int64_t, int64_t, int64_t) { return 0; }
 
 }  // namespace kda

@@ -18,8 +18,6 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 // Whether the GEMM library may use bf16 instructions here: the CPU has them and no cap (DNNL_MAX_CPU_ISA) forbids them.
 bool cpu_has_bf16();
 
-size_t matmul_workspace_bytes(const Context&, int64_t R, int64_t K);
-
 // Packs rows [n0, n0 + n) of W, n <= kPanel, as above; int8 without its scale.
 void pack_panel_bf16(const ConstView& w, int64_t n0, int64_t n, uint16_t* out);
 void pack_panel_f32(const ConstView& w, int64_t n0, int64_t n, float* out);

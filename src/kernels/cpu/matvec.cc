@@ -138,4 +138,8 @@ void matvec(Context& ctx, const Matmul& a) {
 }
 
 }  // namespace kda::cpu
+
+namespace kda {
+size_t matvec_workspace_bytes(const Context&, int64_t, int64_t, int64_t) { return 0; }
+}  // namespace kda
 #endif

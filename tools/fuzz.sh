@@ -13,20 +13,23 @@ if [ ${#targets[@]} = 0 ]; then
 fi
 [ ${#targets[@]} -gt 0 ] || { echo "fuzz: no target in $build/tests/fuzz" >&2; exit 1; }
 
-# seed TARGET FOLDER BYTES: the files of the test data that TARGET reads, no longer than BYTES.
-# For safetensors and state files the first bytes hold the header, so longer files are cut.
+# seed TARGET FOLDER BYTES: the files of the test data that TARGET reads, cut to BYTES (a safetensors file begins with its header).
 seed() {
-  local pattern=() i=0 file
+  local pattern i=0 file
   case $1 in
-    safetensors | state) pattern=(-name '*.safetensors') ;;
-    config) pattern=(-name '*config*.json') ;;
-    tokenizer) pattern=(-name '*tokenizer*.json') ;;
+    safetensors) pattern='*.safetensors' ;;
+    config) pattern='*config*.json' ;;
+    tokenizer) pattern='*tokenizer*.json' ;;
+    state)
+      for i in 1 2 3; do
+        "$build/kda" generate -m tests/golden/tiny-hybrid --prompt-ids 1,17,42 -n $i --greedy --save-state "$2/seed-$i" >/dev/null
+      done
+      return 0 ;;
     *) return 0 ;;
   esac
   while IFS= read -r file; do
-    head -c "$3" "$file" >"$2/seed-$((i++))"
-  done < <(find tests/golden tests/data assets -type f "${pattern[@]}" 2>/dev/null | sort)
-  if [ -d "tests/fuzz/seeds/$1" ]; then cp "tests/fuzz/seeds/$1"/* "$2"/; fi
+    head -c "$3" "$file" >"$2/seed-$((++i))"
+  done < <(find tests/golden tests/data assets -type f -name "$pattern" | sort)
 }
 
 status=0

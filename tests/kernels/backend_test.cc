@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "kernels/norm.h"
 
 namespace kda {
 namespace {
@@ -28,15 +29,18 @@ TEST(Backend, CpuMemoryIsZeroedAndCopied) {
 TEST(Backend, AMissingBodyIsAnErrorThatNamesOpAndBackend) {
   Backend hollow = cpu_backend();
   hollow.name = "hollow";
-  hollow.kda_forward = nullptr;
+  hollow.rms_norm = nullptr;
   Context ctx;
   ctx.backend = &hollow;
+  float x[2] = {3, 4}, y[2] = {7, 7};
+  const float w[2] = {1, 1};
   try {
-    body(ctx, hollow.kda_forward, "kda_forward");
+    rms_norm(ctx, {.x = view(x, {1, 2}), .w = view(w, {2}), .y = view(y, {1, 2}), .eps = 0});
     FAIL() << "no error";
   } catch (const Error& e) {
-    EXPECT_STREQ(e.what(), "kda_forward: no body in backend hollow");
+    EXPECT_STREQ(e.what(), "rms_norm: no body in backend hollow");
   }
+  EXPECT_EQ(y[0], 7);
   EXPECT_EQ(body(ctx, hollow.copy, "copy"), cpu_backend().copy);
 }
 

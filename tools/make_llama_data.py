@@ -6,10 +6,8 @@
 llama/*: LlamaForCausalLM in float32, run by transformers. expected.safetensors is laid out as golden/tiny-teacher's:
 input_ids [2,T], hidden.0 = embedding, hidden.l = after layer l, the last one AFTER the final norm, logits, greedy [1,40] =
 input_ids[0,:16] and the 24 ids that follow; its metadata says so too.
-fla/tiny-kda: tests/golden/tiny-kda with its config.json and tensor names as flash-linear-attention (fla) spells them; what is
-expected is golden/tiny-kda/expected.safetensors.
-fla/swiglu: a model of the shape that fla's training writes, with the float64 reference of this file, which is first held to
-tests/golden/tiny-kda and tiny-hybrid."""
+fla/swiglu: a model as flash-linear-attention (fla) writes it, a few of its names in older spellings, with the float64 reference
+of this file, which is first held to tests/golden/tiny-kda and tiny-hybrid."""
 import json
 import pathlib
 import sys
@@ -110,7 +108,7 @@ def make_llama(folder, name, seed):
     expected = {"input_ids": ids, "logits": out.logits, "greedy": greedy}
     expected.update({f"hidden.{i}": h for i, h in enumerate(out.hidden_states)})
     save_file({k: v.contiguous() for k, v in expected.items()}, folder / "expected.safetensors",
-              metadata={"made_with": "transformers LlamaForCausalLM, float32", "last_hidden": "after the final norm"})
+              metadata={"note": "transformers LlamaForCausalLM, float32; the last hidden state is after the final norm"})
 
     again = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)  # the file as written
     worst = float((again(ids, use_cache=False).logits - out.logits).abs().max())
@@ -148,15 +146,6 @@ def write(folder, config, weights):
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def make_fla_tiny_kda(folder):
-    source = ROOT / "tests/golden/tiny-kda"
-    c = json.loads((source / "config.json").read_text())
-    config = fla_config(hidden_size=c["hidden_size"], head_dim=c["head_dim"], num_heads=c["num_attention_heads"],
-                        intermediate_size=c["intermediate_size"], hidden_ratio=None, hidden_act=c["hidden_act"],
-                        num_hidden_layers=c["num_hidden_layers"], norm_eps=c["rms_norm_eps"], vocab_size=c["vocab_size"])
-    write(folder, config, fla_names(load_file(source / "model.safetensors")))
 
 
 # ---- a plain KDA model in float64, one token after the other
@@ -256,8 +245,7 @@ def check_forward():
 
 @torch.no_grad()
 def make_fla_swiglu(folder, seed):
-    """What fla's own training writes: SwiGLU whose width only the tensors tell, a full-attention layer in the middle with rotary
-    positions, beta up to 2."""
+    """SwiGLU whose width only the tensors tell, a full-attention layer in the middle with rotary positions, beta up to 2."""
     D, H, kv, K, L, vocabulary, mlp, eps = 32, 2, 1, 16, 3, 80, 256, 1e-6
     torch.manual_seed(seed)
     weights = {}
@@ -298,16 +286,16 @@ def make_fla_swiglu(folder, seed):
     write(folder, fla_config(hidden_size=D, head_dim=K, num_heads=H, num_hidden_layers=L, vocab_size=vocabulary, norm_eps=eps,
                              allow_neg_eigval=True, attn=attn), fla_names(weights))
     save_file({k: v.contiguous() for k, v in expected.items()}, folder / "expected.safetensors",
-              metadata={"made_with": "the float64 reference of tools/make_llama_data.py", "last_hidden": "before the final norm"})
+              metadata={"note": "float64 reference of make_llama_data.py; the last hidden state is before the final norm"})
     return gap
 
 
 def main():
+    torch.set_num_threads(1)  # the same sums, so the same files, on every machine of a kind
     data = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "tests/data"
     for name in VARIANTS:
         gap = first_suitable(make_llama, data / "llama" / name, name)
         print(f"llama/{name}: smallest gap of a greedy step {gap:.3g}")
-    make_fla_tiny_kda(data / "fla/tiny-kda")
     print(f"reference against golden: worst relative difference {check_forward():.2g}")
     print(f"fla/swiglu: smallest gap of a greedy step {first_suitable(make_fla_swiglu, data / 'fla/swiglu'):.3g}")
 

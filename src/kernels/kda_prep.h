@@ -22,6 +22,8 @@ struct KdaGateParams {
   float beta_scale = 1;
 };
 
+void check_gate(const char* op, const KdaGateParams&);  // for the doors of kda_prep and kda_decode
+
 struct KdaPrep {
   View q, k;          // [T,H,K]  in place
   ConstView f;        // [T,H,K]  gate logits

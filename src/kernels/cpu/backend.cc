@@ -22,11 +22,11 @@ const Backend& cpu_backend() {
       .swiglu = cpu::swiglu,
       .rope = cpu::rope,
       .attention = cpu::attention,
-      .conv_silu = nullptr,
-      .kda_prep = nullptr,
-      .kda_forward = nullptr,
-      .kda_output = nullptr,
-      .kda_decode = nullptr,
+      .conv_silu = cpu::conv_silu,
+      .kda_prep = cpu::kda_prep,
+      .kda_forward = cpu::kda_forward,
+      .kda_output = cpu::kda_output,
+      .kda_decode = cpu::kda_decode,
       .token_loss = cpu::token_loss,
   };
   return table;

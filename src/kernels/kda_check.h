@@ -18,8 +18,8 @@ inline void check_packing(const char* op, const Packing& p, int64_t T) {
   KDA_CHECK(p.host_start[0] == 0, op, ": start[0] must be 0, got ", p.host_start[0]);
   for (int64_t n = 0; n < p.N(); ++n) {
     const auto i = size_t(n);
-    KDA_CHECK(p.host_start[i] <= p.host_start[i + 1], op, ": start must not fall, got start[", n, "] = ",
-              p.host_start[i], " and start[", n + 1, "] = ", p.host_start[i + 1]);
+    KDA_CHECK(p.host_start[i] <= p.host_start[i + 1], op, ": start must not fall, got start[", n,
+              "] = ", p.host_start[i], " and start[", n + 1, "] = ", p.host_start[i + 1]);
   }
   KDA_CHECK(p.T() == T, op, ": the packing ends at token ", p.T(), ", the tensors have ", T);
 }

@@ -31,8 +31,7 @@ void ConvTokens(const Conv& a, const float* x, const float* before, float* y, in
     const auto row = [&](int64_t t) {
       return t >= 0 ? x + t * C + c : before ? before + (t + 3) * channels + c : kZeros;
     };
-    for (int64_t t = from; t < to; ++t)
-      ConvRow(d, row(t - 3), row(t - 2), row(t - 1), row(t), taps, y + t * C + c, n);
+    for (int64_t t = from; t < to; ++t) ConvRow(d, row(t - 3), row(t - 2), row(t - 1), row(t), taps, y + t * C + c, n);
   }
 }
 
@@ -50,9 +49,12 @@ void keep_window(const float* x, const float* in, float* out, int64_t T, int64_t
   for (int64_t j = 0; j < 3; ++j) {
     const int64_t t = T - 3 + j;
     float* to = out + j * channels;
-    if (t >= 0) std::copy_n(x + t * C, C, to);
-    else if (in) std::memmove(to, in + (t + 3) * channels, size_t(C) * sizeof(float));
-    else std::fill_n(to, C, 0.0f);
+    if (t >= 0)
+      std::copy_n(x + t * C, C, to);
+    else if (in)
+      std::memmove(to, in + (t + 3) * channels, size_t(C) * sizeof(float));
+    else
+      std::fill_n(to, C, 0.0f);
   }
 }
 }  // namespace
@@ -67,7 +69,7 @@ void conv_silu(Context& ctx, const Conv& a) {
   };
   int64_t tasks = 0;
   for (int64_t n = 0; n < N; ++n) tasks += blocks(n);
-  const auto tokens = HWY_DYNAMIC_POINTER(ConvTokens);
+  const auto tokens = HWY_DYNAMIC_DISPATCH(ConvTokens);
 
   ctx.pool->run(tasks, [&](int64_t task, int) {
     int64_t n = 0;

@@ -1,8 +1,8 @@
 // kernels/cpu/kda.cc — kda_forward in chunks of 16 tokens; docs/KDA.md has the formulas.
 //
-// Within a chunk every decay is a product of the tokens' own, all in [0,1]: nothing overflows, nothing cancels, and what
-// underflows is gone. The state lies in panels [K,32 value channels]: a panel meets a chunk's 16 keys and 16 queries
-// while it is in the first-level cache.
+// Within a chunk every decay is a product of the tokens' own, all in [0,1]: nothing overflows, nothing cancels, and
+// what underflows is gone. The state lies in panels [K,32 value channels]: a panel meets a chunk's 16 keys and 16
+// queries while it is in the first-level cache.
 #include "kernels/kda.h"
 
 #include <algorithm>
@@ -33,8 +33,19 @@ struct Work {
   float *state, *decayed, *k, *q, *rest, *decay, *total, *row, *L, *P, *u, *o;
 
   Work(int64_t K, int64_t V, float* s)
-      : at(K, V), state(s + at.state), decayed(s + at.decayed), k(s + at.k), q(s + at.q), rest(s + at.rest),
-        decay(s + at.decay), total(s + at.total), row(s + at.row), L(s + at.L), P(s + at.P), u(s + at.u), o(s + at.o) {}
+      : at(K, V),
+        state(s + at.state),
+        decayed(s + at.decayed),
+        k(s + at.k),
+        q(s + at.q),
+        rest(s + at.rest),
+        decay(s + at.decay),
+        total(s + at.total),
+        row(s + at.row),
+        L(s + at.L),
+        P(s + at.P),
+        u(s + at.u),
+        o(s + at.o) {}
 };
 
 // The pool's [V,K] to panels [K,32], and back. Padding is zero and stays so.
@@ -243,9 +254,8 @@ size_t kda_forward_workspace_bytes(const Context& ctx, int64_t K, int64_t V) {
 void kda_forward(Context& ctx, const KdaForward& a) {
   const int64_t H = a.q.dim(1), K = a.q.dim(2), V = a.v.dim(2), N = a.packing.N();
   const int64_t size = KdaScratch(K, V).size;
-  float* scratch =
-      static_cast<float*>(workspace(ctx, kda_forward_workspace_bytes(ctx, K, V), "kda_forward"));
-  const auto head = HWY_DYNAMIC_POINTER(ForwardHead);
+  float* scratch = static_cast<float*>(workspace(ctx, kda_forward_workspace_bytes(ctx, K, V), "kda_forward"));
+  const auto head = HWY_DYNAMIC_DISPATCH(ForwardHead);
   ctx.pool->run(N * H, [&](int64_t task, int worker) {
     const FlushTiny flush;
     const int64_t n = task / H, h = task % H;
@@ -253,8 +263,8 @@ void kda_forward(Context& ctx, const KdaForward& a) {
     const int64_t in = a.slots.in[n], out = a.slots.out[n];
     if (T == 0 && (out < 0 || in == out)) return;
     float* pool = a.state.as<float>();
-    head(a, start, T, h, in < 0 ? nullptr : pool + (in * H + h) * V * K, out < 0 ? nullptr : pool + (out * H + h) * V * K,
-         scratch + worker * size);
+    head(a, start, T, h, in < 0 ? nullptr : pool + (in * H + h) * V * K,
+         out < 0 ? nullptr : pool + (out * H + h) * V * K, scratch + worker * size);
   });
 }
 

@@ -83,8 +83,8 @@ void DecodeHead(const KdaDecode& a, int64_t n, int64_t h, float* scratch) {
   const auto conv = [&](const ConstView& x, const ConstView& w, int64_t first, int64_t size, float* y) {
     float* window = a.window.as<float>() + first + h * size;
     ConvStep(x.as<float>() + (n * H + h) * size, w.as<float>() + 4 * h * size,
-             in < 0 ? nullptr : window + in * 3 * channels, out < 0 ? nullptr : window + out * 3 * channels, channels, y,
-             size);
+             in < 0 ? nullptr : window + in * 3 * channels, out < 0 ? nullptr : window + out * 3 * channels, channels,
+             y, size);
   };
   conv(a.q, a.q_conv, 0, K, q);
   conv(a.k, a.k_conv, H * K, K, k);
@@ -130,7 +130,7 @@ void kda_decode(Context& ctx, const KdaDecode& a) {
   const int64_t N = a.q.dim(0), H = a.A_log.dim(0), V = a.o_norm.dim(0), K = a.dt_bias.dim(0) / H;
   const int64_t size = kda_decode_scratch(K, V);
   float* scratch = static_cast<float*>(workspace(ctx, kda_decode_workspace_bytes(ctx, K, V), "kda_decode"));
-  const auto head = HWY_DYNAMIC_POINTER(DecodeHead);
+  const auto head = HWY_DYNAMIC_DISPATCH(DecodeHead);
   ctx.pool->run(N * H, [&](int64_t task, int worker) {
     const FlushTiny flush;
     head(a, task / H, task % H, scratch + worker * size);

@@ -1,8 +1,8 @@
 // kernels/cpu/kda_math-inl.h — the elementwise maths of a KDA layer on vectors, shared by conv, prep, forward, output
 // and decode, so that a token comes out with the same bits whichever of them it takes.
 //
-// Exp and Softplus are within 2 units in the last place; a NaN comes out as a NaN. Rows of any length: the last, partial
-// vector goes through the same instructions under a mask.
+// Exp and Softplus are within 2 units in the last place; a NaN comes out as a NaN. Rows of any length: the last,
+// partial vector goes through the same instructions under a mask.
 #if defined(KDA_CPU_KDA_MATH_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KDA_CPU_KDA_MATH_INL_H_
 #undef KDA_CPU_KDA_MATH_INL_H_
@@ -26,15 +26,28 @@ namespace hn = hwy::HWY_NAMESPACE;
 using F32 = hn::CappedTag<float, 16>;
 using VF = hn::Vec<F32>;
 
-// Up to a vector's worth of a row; lanes past `n` read as zero and are not written.
+// Up to a vector's worth of a row; lanes past `n` read as zero and neither read nor written in memory.
 HWY_INLINE VF LoadPart(F32 d, const float* p, int64_t n) {
   const size_t N = hn::Lanes(d);
-  return n >= int64_t(N) ? hn::LoadU(d, p) : hn::LoadN(d, p, size_t(n));
+  if (n >= int64_t(N)) return hn::LoadU(d, p);
+#if HWY_TARGET <= HWY_AVX2
+  return hn::MaskedLoad(hn::FirstN(d, size_t(n)), d, p);
+#else
+  HWY_ALIGN float lanes[hn::MaxLanes(F32())] = {};
+  std::copy_n(p, n, lanes);
+  return hn::Load(d, lanes);
+#endif
 }
 HWY_INLINE void StorePart(VF v, F32 d, float* p, int64_t n) {
   const size_t N = hn::Lanes(d);
-  if (n >= int64_t(N)) hn::StoreU(v, d, p);
-  else hn::StoreN(v, d, p, size_t(n));
+  if (n >= int64_t(N)) return hn::StoreU(v, d, p);
+#if HWY_TARGET <= HWY_AVX2
+  hn::BlendedStore(v, hn::FirstN(d, size_t(n)), d, p);
+#else
+  HWY_ALIGN float lanes[hn::MaxLanes(F32())];
+  hn::Store(v, d, lanes);
+  std::copy_n(lanes, n, p);
+#endif
 }
 
 // e^x for x <= 88.3 (held there above); exactly 0 below -87.3. x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r.

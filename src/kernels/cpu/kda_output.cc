@@ -42,7 +42,7 @@ HWY_EXPORT(OutputTokens);
 void kda_output(Context& ctx, const KdaOutput& a) {
   constexpr int64_t kBlock = 8;
   const int64_t T = a.o.dim(0);
-  const auto tokens = HWY_DYNAMIC_POINTER(OutputTokens);
+  const auto tokens = HWY_DYNAMIC_DISPATCH(OutputTokens);
   ctx.pool->run((T + kBlock - 1) / kBlock, [&](int64_t task, int) {
     const FlushTiny flush;
     tokens(a, task * kBlock, std::min(T, (task + 1) * kBlock));

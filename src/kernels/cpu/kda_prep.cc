@@ -49,7 +49,7 @@ HWY_EXPORT(PrepTokens);
 void kda_prep(Context& ctx, const KdaPrep& a) {
   constexpr int64_t kBlock = 4;
   const int64_t T = a.q.dim(0);
-  const auto tokens = HWY_DYNAMIC_POINTER(PrepTokens);
+  const auto tokens = HWY_DYNAMIC_DISPATCH(PrepTokens);
   ctx.pool->run((T + kBlock - 1) / kBlock, [&](int64_t task, int) {
     const FlushTiny flush;
     tokens(a, task * kBlock, std::min(T, (task + 1) * kBlock));

@@ -15,16 +15,16 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 // Rows of K are padded to Kp, a multiple of 16, with zeros; V to whole panels.
 struct KdaScratch {
   int64_t Kp, Vp;
-  int64_t state;   // [Vp/kKdaPanel, Kp, kKdaPanel]  the state, value channels innermost
-  int64_t decayed; // [2C, Kp]   k and s q, decayed from the chunk's start: what meets the state
-  int64_t k, q;    // [C, Kp]    k and s q as they are
-  int64_t rest;    // [C, Kp]    k decayed to the chunk's end: what is written
-  int64_t decay;   // [C, Kp]    one token's own
-  int64_t total;   // [Kp]       of the whole chunk
-  int64_t row;     // [Kp]
-  int64_t L, P;    // [C, C]
-  int64_t u, o;    // [C, kKdaPanel]
-  int64_t size;    // floats
+  int64_t state;    // [Vp/kKdaPanel, Kp, kKdaPanel]  the state, value channels innermost
+  int64_t decayed;  // [2C, Kp]   k and s q, decayed from the chunk's start: what meets the state
+  int64_t k, q;     // [C, Kp]    k and s q as they are
+  int64_t rest;     // [C, Kp]    k decayed to the chunk's end: what is written
+  int64_t decay;    // [C, Kp]    one token's own
+  int64_t total;    // [Kp]       of the whole chunk
+  int64_t row;      // [Kp]
+  int64_t L, P;     // [C, C]
+  int64_t u, o;     // [C, kKdaPanel]
+  int64_t size;     // floats
 
   KdaScratch(int64_t K, int64_t V) : Kp(round_up(K, 16)), Vp(round_up(V, kKdaPanel)) {
     int64_t at = 0;

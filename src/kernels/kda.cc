@@ -1,6 +1,5 @@
 #include "kernels/kda.h"
 
-#include "kernels/cpu/kda_scratch.h"
 #include "kernels/kda_check.h"
 
 namespace kda {
@@ -22,10 +21,6 @@ void kda_forward(Context& ctx, const KdaForward& a) {
   door::check_packing(op, a.packing, T);
   door::check_slots(op, ctx, a.slots, a.packing.N(), a.state.dim(0));
   body(ctx, ctx.backend->kda_forward, op)(ctx, a);
-}
-
-size_t kda_forward_workspace_bytes(const Context& ctx, int64_t, int64_t, int64_t K, int64_t V) {
-  return ctx.backend == &cpu_backend() ? cpu::kda_forward_workspace_bytes(ctx, K, V) : 0;
 }
 
 void kda_output(Context& ctx, const KdaOutput& a) {

@@ -1,7 +1,6 @@
 #include "kernels/kda_decode.h"
 
 #include "kernels/conv.h"
-#include "kernels/cpu/kda_scratch.h"
 #include "kernels/kda_check.h"
 
 namespace kda {
@@ -33,10 +32,6 @@ void kda_decode(Context& ctx, const KdaDecode& a) {
   check_gate(op, a.gate);
   door::check_slots(op, ctx, a.slots, N, slots);
   body(ctx, ctx.backend->kda_decode, op)(ctx, a);
-}
-
-size_t kda_decode_workspace_bytes(const Context& ctx, int64_t, int64_t, int64_t K, int64_t V) {
-  return ctx.backend == &cpu_backend() ? cpu::kda_decode_workspace_bytes(ctx, K, V) : 0;
 }
 
 }  // namespace kda

@@ -246,15 +246,12 @@ namespace {
 HWY_EXPORT(ForwardHead);
 }  // namespace
 
-size_t kda_forward_workspace_bytes(const Context& ctx, int64_t K, int64_t V) {
-  return size_t(ctx.pool->threads()) * size_t(KdaScratch(K, V).size) * sizeof(float);
-}
-
 // A task is one head of one sequence.
 void kda_forward(Context& ctx, const KdaForward& a) {
   const int64_t H = a.q.dim(1), K = a.q.dim(2), V = a.v.dim(2), N = a.packing.N();
   const int64_t size = KdaScratch(K, V).size;
-  float* scratch = static_cast<float*>(workspace(ctx, kda_forward_workspace_bytes(ctx, K, V), "kda_forward"));
+  float* scratch =
+      static_cast<float*>(workspace(ctx, kda_forward_workspace_bytes(ctx, a.q.dim(0), H, K, V), "kda_forward"));
   const auto head = HWY_DYNAMIC_DISPATCH(ForwardHead);
   ctx.pool->run(N * H, [&](int64_t task, int worker) {
     const FlushTiny flush;
@@ -269,4 +266,12 @@ void kda_forward(Context& ctx, const KdaForward& a) {
 }
 
 }  // namespace kda::cpu
+
+namespace kda {
+
+size_t kda_forward_workspace_bytes(const Context& ctx, int64_t, int64_t, int64_t K, int64_t V) {
+  return size_t(ctx.pool->threads()) * size_t(cpu::KdaScratch(K, V).size) * sizeof(float);
+}
+
+}  // namespace kda
 #endif

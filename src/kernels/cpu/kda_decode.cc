@@ -121,15 +121,12 @@ namespace {
 HWY_EXPORT(DecodeHead);
 }  // namespace
 
-size_t kda_decode_workspace_bytes(const Context& ctx, int64_t K, int64_t V) {
-  return size_t(ctx.pool->threads()) * size_t(kda_decode_scratch(K, V)) * sizeof(float);
-}
-
 // A task is one head of one sequence: its own channels of the window, its own state.
 void kda_decode(Context& ctx, const KdaDecode& a) {
   const int64_t N = a.q.dim(0), H = a.A_log.dim(0), V = a.o_norm.dim(0), K = a.dt_bias.dim(0) / H;
   const int64_t size = kda_decode_scratch(K, V);
-  float* scratch = static_cast<float*>(workspace(ctx, kda_decode_workspace_bytes(ctx, K, V), "kda_decode"));
+  float* scratch =
+      static_cast<float*>(workspace(ctx, kda_decode_workspace_bytes(ctx, a.q.dim(0), H, K, V), "kda_decode"));
   const auto head = HWY_DYNAMIC_DISPATCH(DecodeHead);
   ctx.pool->run(N * H, [&](int64_t task, int worker) {
     const FlushTiny flush;
@@ -138,4 +135,12 @@ void kda_decode(Context& ctx, const KdaDecode& a) {
 }
 
 }  // namespace kda::cpu
+
+namespace kda {
+
+size_t kda_decode_workspace_bytes(const Context& ctx, int64_t, int64_t, int64_t K, int64_t V) {
+  return size_t(ctx.pool->threads()) * size_t(cpu::kda_decode_scratch(K, V)) * sizeof(float);
+}
+
+}  // namespace kda
 #endif

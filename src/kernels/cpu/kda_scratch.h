@@ -3,8 +3,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/backend.h"
-
 namespace kda::cpu {
 
 inline constexpr int64_t kKdaChunk = 16;  // tokens; also the largest number of lanes
@@ -48,9 +46,5 @@ struct KdaScratch {
 
 // kda_decode: q, k, decay, decay k and decay q [Kp] each, v and o [Vp].
 inline int64_t kda_decode_scratch(int64_t K, int64_t V) { return 5 * round_up(K, 16) + 2 * round_up(V, 16); }
-
-// Bytes for all workers of the context's pool.
-size_t kda_forward_workspace_bytes(const Context&, int64_t K, int64_t V);
-size_t kda_decode_workspace_bytes(const Context&, int64_t K, int64_t V);
 
 }  // namespace kda::cpu

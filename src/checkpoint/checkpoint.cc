@@ -15,16 +15,6 @@ namespace kda {
 namespace {
 namespace fs = std::filesystem;
 
-// Equal but for dimensions of 1: [C,1,4] is [C,4], [1,1,H,1] is [H].
-bool same_but_ones(const std::vector<int64_t>& file, const Shape& table) {
-  std::vector<int64_t> a, b;
-  for (int64_t d : file)
-    if (d != 1) a.push_back(d);
-  for (int i = 0; i < table.rank; ++i)
-    if (table[i] != 1) b.push_back(table[i]);
-  return a == b;
-}
-
 // Every float of a tensor in f32; exact, since the others are narrower.
 Tensor to_f32(const Tensor& t) {
   if (t.dtype() == Dtype::f32) return t;
@@ -53,18 +43,6 @@ std::string list(const std::vector<std::string>& names) {
   for (size_t i = 0; i < std::min(names.size(), kShown); ++i) out += "\n    " + names[i];
   if (names.size() > kShown) out += cat("\n    .. and ", names.size() - kShown, " more");
   return out;
-}
-
-void check_head_equals_embedding(const ModelFiles& files, const std::string& head, const std::string& embedding) {
-  const auto &a = files.entry(head), &b = files.entry(embedding);
-  bool same = a.dtype_name == b.dtype_name && a.shape == b.shape;
-  if (same && a.dtype) {
-    const Tensor x = files.tensor(head, {int64_t(a.end - a.begin) / int64_t(size_of(*a.dtype))}),
-                 y = files.tensor(embedding, x.shape());
-    same = std::memcmp(x.v.data, y.v.data, x.v.bytes()) == 0;
-  }
-  KDA_CHECK(same, files.where(), ": config.json says tie_word_embeddings, but ", head, " is there and differs from ",
-            embedding);
 }
 
 template <class T>
@@ -120,47 +98,21 @@ Checkpoint load_checkpoint(const fs::path& folder) {
   if (path_exists(generation))
     c.generation = parse_generation_config(read_file(generation, size_t(16) << 20), c.warnings, generation.string());
 
-  // Which tensor of the table each file's tensor is.
   std::vector<std::string> missing, wrong, left;
-  std::map<std::string, std::string> found;  // canonical -> in the file
-  for (const auto& name : files.names()) {
-    if (is_computed_buffer(name)) continue;
-    std::string canonical = canonical_name(name);
-    if (canonical.empty()) {
-      left.push_back(name);
-      continue;
+  for (const TensorMatch& m : match_tensors(c.config, files)) {
+    switch (m.status) {
+      case TensorMatch::Status::missing: missing.push_back(cat(m.name, " ", m.spec->shape)); break;
+      case TensorMatch::Status::left_over: left.push_back(m.file_name); break;
+      case TensorMatch::Status::wrong: wrong.push_back(cat(m.file_name, ": ", m.problem)); break;
+      case TensorMatch::Status::computed: break;
+      case TensorMatch::Status::ok: {
+        const Tensor weight = files.tensor(m.file_name, m.spec->shape);
+        if (m.spec->shape.rank == 1 || m.spec->init == Init::conv)
+          check_finite(cat(folder.string(), ": ", m.file_name), weight);
+        c.tensors.emplace(m.name, m.spec->fp32 ? to_f32(weight) : weight);
+        c.spelling.emplace(m.name, m.file_name);
+      }
     }
-    const auto [it, fresh] = found.emplace(std::move(canonical), name);
-    if (!fresh) wrong.push_back(cat(name, ": the same weight as ", it->second));
-  }
-  const auto table = tensor_table(c.config);
-  for (const TensorSpec& t : table) {
-    const auto it = found.find(t.name);
-    if (it == found.end()) {
-      missing.push_back(cat(t.name, " ", t.shape));
-      continue;
-    }
-    const SafetensorsEntry& e = files.entry(it->second);
-    const bool usable = e.dtype == Dtype::f32 || e.dtype == Dtype::bf16 || e.dtype == Dtype::f16;
-    if (!usable) wrong.push_back(cat(it->second, ": dtype ", e.dtype_name, ", needed F32, BF16 or F16"));
-    if (!same_but_ones(e.shape, t.shape)) {
-      std::string there;
-      for (int64_t d : e.shape) there += cat(there.empty() ? "" : ",", d);
-      wrong.push_back(cat(it->second, ": shape [", there, "], needed ", t.shape));
-    } else if (usable) {
-      const Tensor weight = files.tensor(it->second, t.shape);
-      if (t.shape.rank == 1 || t.init == Init::conv) check_finite(cat(folder.string(), ": ", it->second), weight);
-      c.tensors.emplace(t.name, t.fp32 ? to_f32(weight) : weight);
-      c.spelling.emplace(t.name, it->second);
-    }
-    found.erase(it);
-  }
-  // What the table did not ask for. A head beside tied embeddings is theirs if it is the same.
-  for (const auto& [canonical, name] : found) {
-    if (canonical == "lm_head.weight" && c.config.tied_head && c.spelling.count("model.embed_tokens.weight"))
-      check_head_equals_embedding(files, name, c.spelling.at("model.embed_tokens.weight"));
-    else
-      left.push_back(name);
   }
   std::string problems;
   if (!missing.empty()) problems += cat("\n  ", missing.size(), " tensors are missing:", list(missing));

@@ -225,15 +225,14 @@ void check_kda_fields(const Fields& f, const std::vector<LayerSpec>& layers) {
 }
 
 Activation read_activation(const Fields& f, const std::string& type) {
-  const bool relu2_by_default = type.starts_with("arcee");
-  const std::string act = f.string("hidden_act").value_or(relu2_by_default ? "relu2" : "silu");
-  if (act == "relu2" && type.starts_with("arcee")) return Activation::relu2;
+  const std::string act = f.string("hidden_act").value_or(type.starts_with("arcee") ? "relu2" : "silu");
+  if (act == "relu2" && type != "llama") return Activation::relu2;
   // arcee itself has no gated form; students made from gated teachers do.
   if ((act == "silu" || act == "swish") && type != "arcee") return Activation::swiglu;
   throw Error(cat(f.where(), ": hidden_act '", act, "' is not supported for model_type ", type, "; needed ",
-                  type == "arcee"       ? "relu2"
-                  : type == "arcee_kda" ? "relu2 or silu"
-                                        : "silu"));
+                  type == "arcee"   ? "relu2"
+                  : type == "llama" ? "silu"
+                                    : "relu2 or silu"));
 }
 
 Dtype read_dtype(const Fields& f) {
@@ -281,14 +280,10 @@ ModelConfig parse_config(std::string_view text, const TensorShapes& given, const
   KDA_CHECK(layers == tensors.layers, where, ": num_hidden_layers is ", layers, ", the tensors are those of ",
             tensors.layers, " layers");
 
-  // The MLP: one width for all layers, whose tensors the table checks one by one.
-  int64_t mlp = f.integer("intermediate_size", 1, kMaxSize).value_or(0);
-  if (!mlp && fla) {  // two thirds of width * hidden_ratio, rounded up to a multiple of 256
-    const double ratio = f.number("hidden_ratio").value_or(4);
-    KDA_CHECK(ratio > 0 && ratio <= 1e4, where, ": hidden_ratio is ", ratio, ", needed above 0");
-    mlp = (int64_t(double(c.width) * ratio * 2 / 3) + 255) / 256 * 256;
-  }
-  KDA_CHECK(mlp > 0, where, ": intermediate_size is missing");
+  // One MLP width for all layers, whose tensors the table checks one by one. fla may leave it to a formula: then each
+  // layer's tensors say it.
+  const int64_t mlp = f.integer("intermediate_size", 1, kMaxSize).value_or(0);
+  KDA_CHECK(mlp || fla, where, ": intermediate_size is missing");
 
   // Full attention.
   const auto attn = f.object("attn");
@@ -364,7 +359,9 @@ ModelConfig parse_config(std::string_view text, const TensorShapes& given, const
       KDA_CHECK(!s.rope || s.head_dim % 2 == 0, where, ": head_dim ", s.head_dim,
                 " is odd, rotary positions need pairs");
     }
-    s.mlp_width = mlp;
+    s.mlp_width = mlp ? mlp : tensors.rows(cat("model.layers.", l, ".mlp.up_proj.weight"));
+    KDA_CHECK(s.mlp_width, where, ": layer ", l,
+              ": neither intermediate_size nor a usable mlp.up_proj says how wide the MLP is");
     s.mlp_bias = mlp_bias;
     c.layers.push_back(s);
   }

@@ -3,11 +3,13 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "checkpoint/config.h"
 #include "checkpoint/safetensors.h"
+#include "checkpoint/tensor_table.h"
 
 namespace kda {
 
@@ -30,5 +32,18 @@ class ModelFiles {
   std::vector<std::shared_ptr<const SafetensorsFile>> files_;
   std::map<std::string, size_t> file_of_;
 };
+
+// One line of the comparison of a folder's tensors with the table.
+struct TensorMatch {
+  enum class Status { ok, missing, left_over, wrong, computed };
+  Status status = Status::ok;
+  std::string name;       // canonical; empty for a name no table holds
+  std::string file_name;  // as spelled in the file; empty when missing
+  std::optional<TensorSpec> spec;
+  std::string problem;  // of a wrong one: what is there and what is needed
+};
+
+// Every tensor of the table, in its order, then what the files hold besides: computed buffers and left-overs.
+std::vector<TensorMatch> match_tensors(const ModelConfig&, const ModelFiles&);
 
 }  // namespace kda

@@ -82,6 +82,20 @@ TEST(GoldenCheckpoints, NanoTeacher) {
   EXPECT_EQ(load_checkpoint(folder).generation.pad, 2);
 }
 
+TEST(TestDataCheckpoints, Load) {
+  for (const char* name :
+       {"llama/plain", "llama/linear", "llama/llama3rope", "llama/yarn", "fla/tiny-kda", "fla/swiglu"}) {
+    SCOPED_TRACE(name);
+    const auto folder = std::filesystem::path(KDA_SOURCE_DIR) / "tests/data" / name;
+    const Checkpoint c = load_checkpoint(folder);
+    const GoldenFile want(folder / "model.safetensors");
+    EXPECT_EQ(c.tensors.size(), want.tensors.size());
+    for (const auto& [canonical, spelling] : c.spelling)
+      EXPECT_TRUE(want.has(spelling)) << canonical << " " << spelling;
+    EXPECT_TRUE(c.warnings.empty()) << c.warnings[0];
+  }
+}
+
 // The angle is a float32 product of float32 position and frequency; golden/yarn_afm was made that way.
 TEST(Rope, YarnOfAfm) {
   KDA_NEED(path, "yarn_afm.safetensors");

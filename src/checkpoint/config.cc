@@ -225,14 +225,15 @@ void check_kda_fields(const Fields& f, const std::vector<LayerSpec>& layers) {
 }
 
 Activation read_activation(const Fields& f, const std::string& type) {
-  const std::string act = f.string("hidden_act").value_or(type.starts_with("arcee") ? "relu2" : "silu");
-  if (act == "relu2" && type != "llama") return Activation::relu2;
+  const bool arcee = type.starts_with("arcee");
+  const std::string act = f.string("hidden_act").value_or(arcee ? "relu2" : "silu");
+  if (act == "relu2" && arcee) return Activation::relu2;
   // arcee itself has no gated form; students made from gated teachers do.
   if ((act == "silu" || act == "swish") && type != "arcee") return Activation::swiglu;
   throw Error(cat(f.where(), ": hidden_act '", act, "' is not supported for model_type ", type, "; needed ",
-                  type == "arcee"   ? "relu2"
-                  : type == "llama" ? "silu"
-                                    : "relu2 or silu"));
+                  type == "arcee" ? "relu2"
+                  : arcee         ? "relu2 or silu"
+                                  : "silu"));
 }
 
 Dtype read_dtype(const Fields& f) {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <hwy/targets.h>
 #include <cstring>
 
 #include "kernels/cpu/matmul.h"
@@ -65,8 +66,8 @@ testing::AssertionResult near(const std::vector<float>& got, const ref::Product&
   return testing::AssertionSuccess();
 }
 
-// fp32: K roundings of at most 2^-24 each in whatever order, plus the scale's. bf16 operands: 8 significant bits, so each
-// of the two is off by 2^-8 at most, and their products may meet the sum two at a time.
+// fp32: K roundings of at most 2^-24 each in whatever order, plus the scale's. bf16 operands: 8 significant bits, so
+// each of the two is off by 2^-8 at most, and their products may meet the sum two at a time.
 double tolerance(bool bf16_operands, int64_t K) {
   const double sums = double(K + 4) * std::ldexp(1, -24);
   return bf16_operands ? 2 * std::ldexp(1, -8) + std::ldexp(1, -16) + 2 * sums : sums;
@@ -107,6 +108,21 @@ TEST(Matmul, EqualsTheReferenceAtSizesAroundEveryBlock) {
         for (int64_t N : {1, 3, 63, 64, 65, 127, 128, 129, 300, 1000}) check_against_reference(op, p, 17, N, 33, d);
       }
   }
+}
+
+// oneDNN is capped by DNNL_MAX_CPU_ISA, for a whole process: tests/CMakeLists.txt runs these tests again under it.
+TEST(Matmul, EqualsTheReferenceOnEveryInstructionSet) {
+  for (int64_t left = hwy::SupportedTargets(); left; left &= left - 1) {
+    hwy::SetSupportedTargetsForTest(left & -left);
+    SCOPED_TRACE(hwy::TargetName(left & -left));
+    for (Dtype d : kWeightTypes)
+      for (int64_t K : {1, 15, 33, 130}) {
+        check_against_reference(Op::matvec, Precision::exact, 6, 21, K, d);
+        check_against_reference(Op::matmul, Precision::exact, 6, 21, K, d);
+        check_against_reference(Op::matmul, Precision::fast, 6, 85, K, d);
+      }
+  }
+  hwy::SetSupportedTargetsForTest(0);
 }
 
 TEST(Matmul, SeveralMatricesShareTheirInput) {

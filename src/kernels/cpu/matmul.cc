@@ -1,14 +1,16 @@
 // Prompts: oneDNN's GEMM, one thread a call, on packed panels of W.
 //
 // A task is up to kColumns columns of one matrix: its worker packs them into scratch that fits the L2 cache and runs
-// all rows past them, kRows at a time. How a row is summed then depends on K alone: oneDNN's block kernels add up K in
-// one order whatever the number of rows, provided that it is not 1 (docs/MATMUL.md), so rows are padded to kRowStep.
+// all rows past them, a block at a time. How a row is summed must depend on K alone. oneDNN's block kernels (AVX-512)
+// add up K in one order for any number of rows but 1, and its older ones do for blocks of 48 rows (docs/MATMUL.md has
+// the experiment, and the tests repeat it): so rows are padded to 16, or come in blocks of exactly 48.
 #include <omp.h>
 
 #include <algorithm>
 #include <map>
 #include <mutex>
 #include <oneapi/dnnl/dnnl.hpp>
+#include <string_view>
 
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/ops.h"
@@ -18,10 +20,25 @@ namespace kda::cpu {
 namespace {
 using dnnl::memory;
 
-constexpr int64_t kRows = 128;                           // rows of one call
 constexpr int64_t kColumns = 2 * kPanel;                 // at most, of one task
 constexpr int64_t kCopyBytes = int64_t(80) << 20;        // of x in the GEMM's type; more rows are done in turns
 constexpr int64_t kScratchpadBytes = int64_t(64) << 10;  // what oneDNN may ask for; it asks for less than 1 KiB
+
+// The three ways, by what the CPU has.
+enum class Kind { bf16, f32, f32_plain };
+
+struct Sizes {
+  int64_t row_step, rows;  // a block has a multiple of row_step rows, at most `rows`
+  int64_t columns;         // at most, of one task
+  int64_t element_bytes;
+};
+Sizes sizes(Kind k) {
+  switch (k) {
+    case Kind::bf16: return {16, 128, kColumns, 2};
+    case Kind::f32: return {16, 128, kPanel, 4};
+    default: return {48, 48, kPanel, 4};
+  }
+}
 
 const dnnl::engine& engine() {
   static const dnnl::engine e(dnnl::engine::kind::cpu, 0);
@@ -34,29 +51,40 @@ struct Gemm {
 };
 
 struct Key {
+  Kind kind;
   int64_t rows, K, columns;
-  bool bf16;
   auto operator<=>(const Key&) const = default;
 };
 
-Gemm make_gemm(const Key& k, memory::format_tag weights) {
-  const auto type = k.bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+// Throws dnnl::error where the library has no generated code for it; it would fall back on plain loops.
+Gemm make_gemm(const Key& k) {
+  const auto type = k.kind == Kind::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
+  const auto panels = k.kind == Kind::bf16  ? memory::format_tag::BA16a64b2a
+                      : k.kind == Kind::f32 ? memory::format_tag::BA16a64b
+                                            : memory::format_tag::ab;  // the same bytes: a panel is 64 columns
   const memory::desc x({k.rows, k.K}, type, memory::format_tag::ab);
-  const memory::desc w({k.K, k.columns}, type, weights);
+  const memory::desc w({k.K, k.columns}, type, panels);
   const memory::desc y({k.rows, k.columns}, memory::data_type::f32, memory::format_tag::ab);
   dnnl::primitive_attr attr;
   attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);  // the library's own is not for several threads
   const dnnl::matmul::primitive_desc d({x, w, y}, attr, engine());
+  if (k.kind != Kind::f32_plain && std::string_view(d.impl_info_str()).starts_with("ref"))
+    throw dnnl::error(dnnl_unimplemented, "only plain loops");
   return {dnnl::matmul(d), x, w, y, d.scratchpad_desc()};
 }
 
-Gemm make_gemm(const Key& k) {
-  if (k.bf16) return make_gemm(k, memory::format_tag::BA16a64b2a);
+bool can(Kind kind) {
   try {
-    return make_gemm(k, memory::format_tag::BA16a64b);
+    make_gemm({kind, sizes(kind).row_step, kStep, kPanel});
+    return true;
   } catch (const dnnl::error&) {
-    return make_gemm(k, memory::format_tag::ab);  // without AVX-512; the same bytes, since a panel is 64 columns
+    return false;
   }
+}
+
+Kind kind_for(Precision p) {
+  static const bool blocks = can(Kind::f32);
+  return p == Precision::fast && cpu_has_bf16() ? Kind::bf16 : blocks ? Kind::f32 : Kind::f32_plain;
 }
 
 // Generated code, made once per shape and kept: it costs about as much as the product of a short prompt.
@@ -70,7 +98,7 @@ const Gemm& gemm(const Key& k) {
       it = cache.emplace(k, make_gemm(k)).first;
     } catch (const dnnl::error& e) {
       throw Error(cat("matmul: oneDNN has no product [", k.rows, ",", k.K, "] x [", k.K, ",", k.columns, "] in ",
-                      k.bf16 ? "bf16" : "f32", ": ", e.message));
+                      k.kind == Kind::bf16 ? "bf16" : "f32", ": ", e.message));
     }
   }
   return it->second;
@@ -78,20 +106,18 @@ const Gemm& gemm(const Key& k) {
 
 // Everything that follows from R and K, and where it lies in the workspace.
 struct Plan {
-  bool bf16;
-  int64_t Kp, element_bytes, columns, turn_rows;
+  Kind kind;
+  Sizes size;
+  int64_t Kp, row_bytes, turn_rows;
   size_t x_bytes, panel_bytes, tile_bytes, worker_bytes, total_bytes;
 
-  Plan(const Context& ctx, int64_t R, int64_t K) {
-    bf16 = ctx.precision == Precision::fast && cpu_has_bf16();
-    element_bytes = bf16 ? 2 : 4;
-    columns = bf16 ? kColumns : kPanel;
+  Plan(const Context& ctx, int64_t R, int64_t K) : kind(kind_for(ctx.precision)), size(sizes(kind)) {
     Kp = round_up(K, kStep);
-    turn_rows = std::max(kRows, kCopyBytes / (Kp * element_bytes) / kRows * kRows);
-    x_bytes = size_t(std::min(round_up(R, kRowStep), turn_rows) * Kp * element_bytes);
-    x_bytes = size_t(round_up(int64_t(x_bytes), 4096));
-    panel_bytes = size_t(round_up(columns * Kp * element_bytes, 4096));
-    tile_bytes = size_t(kRows * columns * 4);
+    row_bytes = Kp * size.element_bytes;
+    turn_rows = std::max<int64_t>(1, kCopyBytes / row_bytes / size.rows) * size.rows;
+    x_bytes = size_t(round_up(std::min(round_up(R, size.row_step), turn_rows) * row_bytes, 4096));
+    panel_bytes = size_t(round_up(size.columns * row_bytes, 4096));
+    tile_bytes = size_t(size.rows * size.columns * 4);
     worker_bytes = panel_bytes + tile_bytes + size_t(kScratchpadBytes);
     total_bytes = x_bytes + worker_bytes * size_t(ctx.pool->threads()) + 64;
   }
@@ -118,14 +144,8 @@ struct Panel {
 
 bool cpu_has_bf16() {
   static const bool has = [] {
-    const auto isa = dnnl::get_effective_cpu_isa();
-    if ((int(isa) & int(dnnl::cpu_isa::avx512_core_bf16)) != int(dnnl::cpu_isa::avx512_core_bf16)) return false;
-    try {
-      make_gemm({kRowStep, kStep, kPanel, true});
-      return true;
-    } catch (const dnnl::error&) {
-      return false;  // an oneDNN that wants other panels than these: f32 is right everywhere
-    }
+    constexpr auto bits = int(dnnl::cpu_isa::avx512_core_bf16);
+    return (int(dnnl::get_effective_cpu_isa()) & bits) == bits && can(Kind::bf16);
   }();
   return has;
 }
@@ -140,19 +160,18 @@ void matmul(Context& ctx, const Matmul& a) {
 
   std::vector<Panel> panels;
   for (const auto& s : a.segments)
-    for (int64_t n0 = 0; n0 < s.w.w.dim(0); n0 += plan.columns)
-      panels.push_back({&s, n0, std::min(plan.columns, s.w.w.dim(0) - n0)});
+    for (int64_t n0 = 0; n0 < s.w.w.dim(0); n0 += plan.size.columns)
+      panels.push_back({&s, n0, std::min(plan.size.columns, s.w.w.dim(0) - n0)});
 
   for (int64_t r0 = 0; r0 < R; r0 += plan.turn_rows) {
-    const int64_t rows = std::min(plan.turn_rows, R - r0), padded = round_up(rows, kRowStep);
+    const int64_t rows = std::min(plan.turn_rows, R - r0), padded = round_up(rows, plan.size.row_step);
     const float* x = a.x.as<float>() + r0 * K;
-    const int64_t row_bytes = plan.Kp * plan.element_bytes;
-    ctx.pool->run(padded / kRowStep, [&](int64_t task, int) {
-      for (int64_t r = task * kRowStep; r < (task + 1) * kRowStep; ++r) {
-        char* to = x_copy + r * row_bytes;
+    ctx.pool->run(padded / plan.size.row_step, [&](int64_t task, int) {
+      for (int64_t r = task * plan.size.row_step; r < (task + 1) * plan.size.row_step; ++r) {
+        char* to = x_copy + r * plan.row_bytes;
         if (r >= rows)
-          std::fill(to, to + row_bytes, char(0));
-        else if (plan.bf16)
+          std::fill(to, to + plan.row_bytes, char(0));
+        else if (plan.kind == Kind::bf16)
           convert_row_bf16(x + r * K, K, reinterpret_cast<uint16_t*>(to));
         else
           convert_row_f32(x + r * K, K, reinterpret_cast<float*>(to));
@@ -162,27 +181,27 @@ void matmul(Context& ctx, const Matmul& a) {
     ctx.pool->run(int64_t(panels.size()), [&](int64_t task, int worker) {
       omp_set_num_threads(1);  // this thread's setting: oneDNN must not start a pool of its own
       const Panel& p = panels[size_t(task)];
-      char* const mine = base + plan.x_bytes + size_t(worker) * plan.worker_bytes;
-      auto* const tile = reinterpret_cast<float*>(mine + plan.panel_bytes);
-      char* const scratchpad = mine + plan.panel_bytes + plan.tile_bytes;
+      char* const panel = base + plan.x_bytes + size_t(worker) * plan.worker_bytes;
+      auto* const tile = reinterpret_cast<float*>(panel + plan.panel_bytes);
+      char* const scratchpad = panel + plan.panel_bytes + plan.tile_bytes;
       const int64_t columns = round_up(p.n, kPanel), N = p.segment->w.w.dim(0);
       for (int64_t c = 0; c < columns; c += kPanel) {
-        char* to = mine + c * row_bytes;
+        char* to = panel + c * plan.row_bytes;
         const int64_t n = std::min(kPanel, p.n - c);
-        if (plan.bf16)
+        if (plan.kind == Kind::bf16)
           pack_panel_bf16(p.segment->w.w, p.n0 + c, n, reinterpret_cast<uint16_t*>(to));
         else
           pack_panel_f32(p.segment->w.w, p.n0 + c, n, reinterpret_cast<float*>(to));
       }
       dnnl::stream stream(engine());
       float* const y = p.segment->y.as<float>() + r0 * N;
-      for (int64_t r = 0; r < rows; r += kRows) {
-        const int64_t m = std::min(kRows, padded - r);
-        const Gemm& g = gemm({m, plan.Kp, columns, plan.bf16});
+      for (int64_t r = 0; r < rows; r += plan.size.rows) {
+        const int64_t m = std::min(plan.size.rows, padded - r);
+        const Gemm& g = gemm({plan.kind, m, plan.Kp, columns});
         KDA_CHECK(g.scratchpad.get_size() <= size_t(kScratchpadBytes), "matmul: oneDNN asks for ",
                   g.scratchpad.get_size(), " bytes of scratch, planned ", kScratchpadBytes);
-        g.run.execute(stream, {{DNNL_ARG_SRC, memory(g.x, engine(), x_copy + r * row_bytes)},
-                               {DNNL_ARG_WEIGHTS, memory(g.w, engine(), mine)},
+        g.run.execute(stream, {{DNNL_ARG_SRC, memory(g.x, engine(), x_copy + r * plan.row_bytes)},
+                               {DNNL_ARG_WEIGHTS, memory(g.w, engine(), panel)},
                                {DNNL_ARG_DST, memory(g.y, engine(), tile)},
                                {DNNL_ARG_SCRATCHPAD, memory(g.scratchpad, engine(), scratchpad)}});
         stream.wait();

@@ -9,9 +9,8 @@
 
 namespace kda::cpu {
 
-inline constexpr int64_t kPanel = 64;    // columns of one packed block
-inline constexpr int64_t kStep = 32;     // K is padded to a multiple of this
-inline constexpr int64_t kRowStep = 16;  // R is padded to a multiple of this
+inline constexpr int64_t kPanel = 64;  // columns of one packed block
+inline constexpr int64_t kStep = 32;   // K is padded to a multiple of this
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

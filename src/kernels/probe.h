@@ -1,0 +1,39 @@
+// kernels/probe.h — what this machine can do at most, measured: the bars that our kernels are held to.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "base/parallel.h"
+
+namespace kda {
+
+// Bytes per second read from DRAM by all threads of the pool: the median of several passes over a buffer far larger
+// than the caches, in huge pages, by the fastest of a few plain reading loops. Takes a second or so and 1 GiB.
+double probe_dram_read_bytes_per_s(ThreadPool&);
+
+// `count` products y[rows,N] = x[rows,K] W[N,K]^T, as one layer of a model has them.
+struct GemmShape {
+  int64_t N, K, count;
+};
+
+// oneDNN's GEMM on one shape: bf16 operands where the CPU has such instructions and f32 otherwise, W packed beforehand
+// in the library's own layout, each thread on blocks of columns or rows of its own. The constructor tries several ways
+// of cutting y into blocks and keeps the fastest.
+class GemmProbe {
+ public:
+  GemmProbe(ThreadPool&, int64_t rows, const GemmShape&);
+  ~GemmProbe();
+  GemmProbe(GemmProbe&&) noexcept;
+
+  double seconds();  // of one whole product, now
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Floating-point operations per second (2 rows N K each) over all shapes: each one's median of `passes`.
+double probe_gemm_flops_per_s(ThreadPool&, int64_t rows, std::span<const GemmShape> shapes, int passes = 5);
+
+}  // namespace kda

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
@@ -86,7 +87,9 @@ std::string write_config(const ModelConfig& c) {
   if (c.eos.size() == 1) j["eos_token_id"] = c.eos[0];
   if (c.eos.size() > 1) j["eos_token_id"] = c.eos;
   if (c.pad) j["pad_token_id"] = *c.pad;
-  if (full) j["rope_parameters"] = rope_json(c.rope);
+  const bool rope = std::any_of(c.layers.begin(), c.layers.end(),
+                                [](const LayerSpec& s) { return s.rope && s.mixer == Mixer::full; });
+  if (rope) j["rope_parameters"] = rope_json(c.rope);
   if (kda) {
     if (kda->bounded_gate) j["lower_bound"] = kda->lower_bound;
     if (kda->allow_neg_eigval) j["allow_neg_eigval"] = true;

@@ -212,13 +212,7 @@ ModelConfig named_model(const std::string& name, std::optional<int64_t> layers, 
   c.max_positions = n->positions;
   c.bos = n->afm ? 128000 : 0;
   c.eos = {n->afm ? 128001 : 1};
-  if (n->afm) {
-    c.rope.kind = RopeKind::yarn;
-    c.rope.factor = 20;
-    c.rope.original_max_position_embeddings = 4096;
-    c.rope.mscale = 1;
-  }
-  bool any_kda = false;
+  bool any_kda = false, any_rope = false;
   for (bool is_kda : kda_layers(kda.empty() ? n->kda : kda, count)) {
     LayerSpec s;
     s.mlp_width = n->mlp;
@@ -233,8 +227,15 @@ ModelConfig named_model(const std::string& name, std::optional<int64_t> layers, 
       s.kv_heads = n->kv_heads;
       s.head_dim = n->head_dim;
       s.rope = n->rope;
+      any_rope = any_rope || s.rope;
     }
     c.layers.push_back(s);
+  }
+  if (n->afm && any_rope) {
+    c.rope.kind = RopeKind::yarn;
+    c.rope.factor = 20;
+    c.rope.original_max_position_embeddings = 4096;
+    c.rope.mscale = 1;
   }
   c.model_type = any_kda ? "arcee_kda" : "arcee";
   c.text = write_config(c);

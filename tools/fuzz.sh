@@ -13,13 +13,14 @@ if [ ${#targets[@]} = 0 ]; then
 fi
 [ ${#targets[@]} -gt 0 ] || { echo "fuzz: no target in $build/tests/fuzz" >&2; exit 1; }
 
-# seed TARGET FOLDER BYTES: the files of the test data that TARGET reads, cut to BYTES (a safetensors file begins with its header).
+# seed TARGET FOLDER BYTES: the files of the test data that TARGET reads. JSON longer than BYTES is left out; a safetensors file is
+# cut there, since it begins with its header.
 seed() {
-  local pattern i=0 file
+  local files i=0 file
   case $1 in
-    safetensors) pattern='*.safetensors' ;;
-    config) pattern='*config*.json' ;;
-    tokenizer) pattern='*tokenizer*.json' ;;
+    safetensors) files=$(find tests assets -name '*.safetensors') ;;
+    config) files=$(find tests assets -name '*config*.json' -size -"$3"c) ;;
+    tokenizer) files=$(find tests assets \( -name '*tokenizer*.json' -o -path '*/tokenizers/*.json' \) -size -"$3"c) ;;
     state)
       for i in 1 2 3; do
         "$build/kda" generate -m tests/golden/tiny-hybrid --prompt-ids 1,17,42 -n $i --greedy --save-state "$2/seed-$i" >/dev/null
@@ -29,7 +30,7 @@ seed() {
   esac
   while IFS= read -r file; do
     head -c "$3" "$file" >"$2/seed-$((++i))"
-  done < <(find tests/golden tests/data assets -type f -name "$pattern" | sort)
+  done <<<"$files"
 }
 
 status=0
@@ -38,9 +39,11 @@ for t in "${targets[@]}"; do
   mkdir -p "$corpus" "$findings"
   most=65536
   seed "$t" "$corpus" $most
-  echo "fuzz: $t for $seconds s"
+  echo "fuzz: $t for $seconds s, log in $findings/$t.log"
   "$build/tests/fuzz/${t}_fuzz" "$corpus" -max_total_time="$seconds" -max_len=$most -rss_limit_mb=2048 \
-    -malloc_limit_mb=1024 -timeout=10 -print_final_stats=1 -verbosity=1 -artifact_prefix="$findings/$t-" || status=1
+    -malloc_limit_mb=1024 -timeout=10 -print_final_stats=1 -artifact_prefix="$findings/$t-" >"$findings/$t.log" 2>&1 ||
+    { status=1; echo "fuzz: $t failed"; }
+  tail -n 8 "$findings/$t.log"
 done
-[ $status = 0 ] && echo "fuzz: nothing found" || echo "fuzz: findings in $build/findings" >&2
+if [ $status = 0 ]; then echo "fuzz: nothing found"; else echo "fuzz: findings in $build/findings" >&2; fi
 exit $status

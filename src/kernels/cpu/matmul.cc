@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
-#include <oneapi/dnnl/dnnl.hpp>
 #include <string_view>
 
 #include "kernels/cpu/matmul.h"
+#include "kernels/cpu/onednn.h"
 #include "kernels/cpu/ops.h"
 
 namespace kda::cpu {
@@ -40,11 +40,6 @@ Sizes sizes(Kind k) {
   }
 }
 
-const dnnl::engine& engine() {
-  static const dnnl::engine e(dnnl::engine::kind::cpu, 0);
-  return e;
-}
-
 struct Gemm {
   dnnl::matmul run;
   memory::desc x, w, y, scratchpad;
@@ -67,7 +62,7 @@ Gemm make_gemm(const Key& k) {
   const memory::desc y({k.rows, k.columns}, memory::data_type::f32, memory::format_tag::ab);
   dnnl::primitive_attr attr;
   attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);  // the library's own is not for several threads
-  const dnnl::matmul::primitive_desc d({x, w, y}, attr, engine());
+  const dnnl::matmul::primitive_desc d = describe_matmul(x, w, y, attr);
   if (k.kind != Kind::f32_plain && std::string_view(d.impl_info_str()).starts_with("ref"))
     throw dnnl::error(dnnl_unimplemented, "only plain loops");
   return {dnnl::matmul(d), x, w, y, d.scratchpad_desc()};
@@ -197,7 +192,8 @@ void matmul(Context& ctx, const Matmul& a) {
       float* const y = p.segment->y.as<float>() + r0 * N;
       for (int64_t r = 0; r < rows; r += plan.size.rows) {
         const int64_t m = std::min(plan.size.rows, padded - r);
-        const Gemm& g = gemm({plan.kind, m, plan.Kp, columns});
+        const Key key{plan.kind, m, plan.Kp, columns};
+        const Gemm& g = gemm(key);
         KDA_CHECK(g.scratchpad.get_size() <= size_t(kScratchpadBytes), "matmul: oneDNN asks for ",
                   g.scratchpad.get_size(), " bytes of scratch, planned ", kScratchpadBytes);
         g.run.execute(stream, {{DNNL_ARG_SRC, memory(g.x, engine(), x_copy + r * plan.row_bytes)},

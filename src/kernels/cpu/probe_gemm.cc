@@ -3,22 +3,18 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <oneapi/dnnl/dnnl.hpp>
 #include <vector>
 
 #include "kernels/cpu/matmul.h"
+#include "kernels/cpu/onednn.h"
 #include "kernels/probe.h"
 
 namespace kda {
 
 namespace {
+using cpu::engine;
 using dnnl::memory;
 constexpr int64_t kScratch = int64_t(4) << 20;
-
-const dnnl::engine& engine() {
-  static const dnnl::engine e(dnnl::engine::kind::cpu, 0);
-  return e;
-}
 
 // The product of one block [m,n] of y.
 struct Block {
@@ -31,10 +27,8 @@ struct Block {
     const auto type = cpu::cpu_has_bf16() ? memory::data_type::bf16 : memory::data_type::f32;
     dnnl::primitive_attr attr;
     attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);
-    d = dnnl::matmul::primitive_desc({{{m, K}, type, memory::format_tag::ab},
-                                      {{K, n}, type, memory::format_tag::any},
-                                      {{m, n}, memory::data_type::f32, memory::format_tag::ab}},
-                                     attr, engine());
+    d = cpu::describe_matmul({{m, K}, type, memory::format_tag::ab}, {{K, n}, type, memory::format_tag::any},
+                             {{m, n}, memory::data_type::f32, memory::format_tag::ab}, attr);
     KDA_CHECK(int64_t(d.scratchpad_desc().get_size()) <= kScratch, "probe: oneDNN asks for ",
               d.scratchpad_desc().get_size(), " bytes of scratch");
     run = dnnl::matmul(d);

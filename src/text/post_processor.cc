@@ -6,15 +6,14 @@
 
 namespace kda::text {
 
-PostProcessor::PostProcessor(Json j, int32_t vocabulary_end) { add(j, vocabulary_end, 0); }
+PostProcessor::PostProcessor(Json j, const std::vector<bool>& has_token) { add(j, has_token, 0); }
 
-void PostProcessor::add(Json j, int32_t vocabulary_end, int depth) {
+void PostProcessor::add(Json j, const std::vector<bool>& has_token, int depth) {
   const std::string_view where = "post_processor";
   KDA_CHECK(depth < kMaxNesting, "tokenizer: post_processors nested more than ", kMaxNesting, " deep");
   const auto type = type_of(j, where);
   if (type == "Sequence") {
-    for (Json e : json_array(need(j, "processors", where), "post_processor.processors"))
-      add(e, vocabulary_end, depth + 1);
+    for (Json e : json_array(need(j, "processors", where), "post_processor.processors")) add(e, has_token, depth + 1);
     return;
   }
   if (type == "ByteLevel") return;  // trims offsets, which nobody here asks for
@@ -35,8 +34,12 @@ void PostProcessor::add(Json j, int32_t vocabulary_end, int depth) {
     const auto name = need_string(need(e, "SpecialToken", in), "id", in);
     const auto special = specials ? find(*specials, name, "post_processor.special_tokens") : std::nullopt;
     KDA_CHECK(special, "tokenizer: post_processor.single names \"", name, "\", which special_tokens has not");
-    for (Json id : json_array(need(*special, "ids", "an element of post_processor.special_tokens"), "ids"))
-      items.push_back(static_cast<int32_t>(json_integer(id, cat("the id of \"", name, '"'), 0, vocabulary_end - 1)));
+    for (Json id : json_array(need(*special, "ids", "an element of post_processor.special_tokens"), "ids")) {
+      const auto v = json_integer(id, cat("the id of \"", name, '"'), 0, static_cast<int64_t>(has_token.size()) - 1);
+      KDA_CHECK(has_token[static_cast<size_t>(v)], "tokenizer: the id of \"", name, "\" is ", v,
+                ", which has no token");
+      items.push_back(static_cast<int32_t>(v));
+    }
   }
   KDA_CHECK(texts <= 1, "tokenizer: post_processor.single holds the text ", texts, " times");
   KDA_CHECK(items.size() <= 4096 && templates_.size() < 16, "tokenizer: post_processor adds too many tokens");

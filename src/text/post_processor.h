@@ -11,14 +11,14 @@ namespace kda::text {
 class PostProcessor {
  public:
   PostProcessor() = default;
-  // Throws Error for other types. `vocabulary_end`: template ids must be below.
-  PostProcessor(simdjson::dom::element, int32_t vocabulary_end);
+  // Throws Error for other types, and for a template with an id that has no token. `has_token`: by id.
+  PostProcessor(simdjson::dom::element, const std::vector<bool>& has_token);
 
   std::vector<int32_t> apply(std::vector<int32_t> ids) const;
 
  private:
   static constexpr int32_t kText = -1;  // the place of the text in a template
-  void add(simdjson::dom::element, int32_t vocabulary_end, int depth);
+  void add(simdjson::dom::element, const std::vector<bool>& has_token, int depth);
   std::vector<std::vector<int32_t>> templates_;  // applied one after another
 };
 

@@ -116,7 +116,11 @@ Tokenizer::Data::Data(Json root) {
   for (const AddedToken& t : added.all()) vocabulary = std::max(vocabulary, t.id + 1);
   special.resize(static_cast<size_t>(vocabulary));
   for (const AddedToken& t : added.all()) special[static_cast<size_t>(t.id)] = t.special;
-  if (const auto j = find(root, "post_processor", where)) post_processor = PostProcessor(*j, vocabulary);
+  if (const auto j = find(root, "post_processor", where)) {
+    std::vector<bool> known(static_cast<size_t>(vocabulary));
+    for (int32_t id = 0; id < vocabulary; ++id) known[static_cast<size_t>(id)] = has(id);
+    post_processor = PostProcessor(*j, known);
+  }
   if (const auto j = find(root, "decoder", where)) decoder = Decoder(*j);
 }
 

@@ -13,7 +13,7 @@ uint64_t hash_bytes(std::string_view);
 // Ids may have gaps; the largest is below kMost, so that a file cannot ask for any amount of memory.
 class Vocabulary {
  public:
-  static constexpr int64_t kMost = int64_t(1) << 24;
+  static constexpr int64_t kMost = int64_t(1) << 22;
 
   void reserve(size_t tokens, size_t bytes);
   // False when the token or the id is taken. 0 <= id < kMost.

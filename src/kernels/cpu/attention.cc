@@ -29,8 +29,9 @@
 #define KDA_ATTENTION_TILE
 namespace kda::cpu {
 
-constexpr int64_t kKeys = 64;  // keys of a block; a multiple of twice the widest vector
-constexpr int64_t kRows = 64;  // query rows of a tile, about
+constexpr int64_t kKeys = 64;    // keys of a block; a multiple of twice the widest vector
+constexpr int64_t kRows = 64;    // query rows of a tile, about
+constexpr int64_t kFewRows = 8;  // up to here a tile waits for memory and not for sums
 
 // One worker's share of the workspace, for `rows` query rows.
 struct TileScratch {
@@ -68,8 +69,14 @@ struct Tile {
 HWY_BEFORE_NAMESPACE();
 namespace kda::cpu::HWY_NAMESPACE {
 
-// to[i][j] = key j, channel i, for n keys; zeros up to kKeys.
-void transpose_keys(const float* k, int64_t stride, int64_t n, int64_t d, float* to) {
+// Asks for a line of memory, into the second-level cache; nothing happens where it is not mapped.
+HWY_INLINE void ask_for(const float* p) { __builtin_prefetch(p, 0, 2); }
+
+// to[i][j] = key j, channel i, for n keys; zeros up to the kStep keys that scores are taken by. Asks for the keys of
+// `next` on the way, where that is not null.
+void transpose_keys(const float* k, int64_t stride, int64_t n, int64_t d, float* to,
+                    [[maybe_unused]] const float* next) {
+  constexpr int64_t kStep = kKeys / 2;
   int64_t j = 0;
 #if HWY_TARGET != HWY_SCALAR
   const hn::FixedTag<float, 4> f4;
@@ -78,6 +85,7 @@ void transpose_keys(const float* k, int64_t stride, int64_t n, int64_t d, float*
     const float *a = k + j * stride, *b = a + stride, *c = b + stride, *e = c + stride;
     int64_t i = 0;
     for (; i + 4 <= d; i += 4) {
+      if (next) ask_for(next + (j + i / 4 % 4) * stride + i / 16 * 16);
       const auto va = hn::LoadU(f4, a + i), vb = hn::LoadU(f4, b + i);
       const auto vc = hn::LoadU(f4, c + i), ve = hn::LoadU(f4, e + i);
       const auto ab0 = hn::BitCast(wide, hn::InterleaveLower(f4, va, vb));
@@ -96,8 +104,10 @@ void transpose_keys(const float* k, int64_t stride, int64_t n, int64_t d, float*
     }
   }
 #endif
-  for (; j < kKeys; ++j)
-    for (int64_t i = 0; i < d; ++i) to[i * kKeys + j] = j < n ? k[j * stride + i] : 0.0f;
+  for (; j < n; ++j)
+    for (int64_t i = 0; i < d; ++i) to[i * kKeys + j] = k[j * stride + i];
+  const int64_t end = (n + kStep - 1) / kStep * kStep;
+  for (int64_t i = 0; i < d && n < end; ++i) std::fill(to + i * kKeys + n, to + i * kKeys + end, 0.0f);
 }
 
 // score[r][0..n) = q[r] . keys, n rounded up to two vectors, for R rows.
@@ -161,9 +171,10 @@ HWY_INLINE float exponentials(float* score, int64_t n, float scale, float& most,
 }
 
 // o[r] += sum over keys [from,to) of score[r][key] * v[key], for R rows. One vector of channels, or two, at a time.
+// Asks for the same part of `next` on the way, where that is not null.
 template <int R, bool kTwo, class F>
 HWY_INLINE void add_values_at(F f, const float* score, const float* v, int64_t stride, int64_t from, int64_t to,
-                              float* o, int64_t d, int64_t i) {
+                              float* o, int64_t d, int64_t i, const float* next) {
   const int64_t L = int64_t(hn::Lanes(f));
   const auto get = [&](int r, int64_t at) HWY_ATTR { return hn::LoadU(f, o + r * d + at); };
   auto a0 = get(0, i), a1 = get(R > 1 ? 1 : 0, i), a2 = get(R > 2 ? 2 : 0, i), a3 = get(R > 3 ? 3 : 0, i);
@@ -178,6 +189,10 @@ HWY_INLINE void add_values_at(F f, const float* score, const float* v, int64_t s
     const auto x = hn::LoadU(f, v + j * stride + i);
     auto y = x;
     if constexpr (kTwo) y = hn::LoadU(f, v + j * stride + i + L);
+    if (next) {
+      ask_for(next + j * stride + i);
+      if (kTwo && L >= 16) ask_for(next + j * stride + i + L);
+    }
     const auto p0 = hn::Set(f, score[j]);
     a0 = hn::MulAdd(p0, x, a0);
     if constexpr (kTwo) b0 = hn::MulAdd(p0, y, b0);
@@ -211,21 +226,21 @@ HWY_INLINE void add_values_at(F f, const float* score, const float* v, int64_t s
 
 template <int R>
 HWY_INLINE void add_values(const float* score, const float* v, int64_t stride, int64_t from, int64_t to, float* o,
-                           int64_t d) {
+                           int64_t d, const float* next) {
   if (from >= to) return;
   const hn::ScalableTag<float> f;
   const hn::FixedTag<float, 1> f1;
   const int64_t L = int64_t(hn::Lanes(f));
   int64_t i = 0;
-  for (; i + 2 * L <= d; i += 2 * L) add_values_at<R, true>(f, score, v, stride, from, to, o, d, i);
-  for (; i + L <= d; i += L) add_values_at<R, false>(f, score, v, stride, from, to, o, d, i);
-  for (; i < d; ++i) add_values_at<R, false>(f1, score, v, stride, from, to, o, d, i);
+  for (; i + 2 * L <= d; i += 2 * L) add_values_at<R, true>(f, score, v, stride, from, to, o, d, i, next);
+  for (; i + L <= d; i += L) add_values_at<R, false>(f, score, v, stride, from, to, o, d, i, next);
+  for (; i < d; ++i) add_values_at<R, false>(f1, score, v, stride, from, to, o, d, i, next);
 }
 
 // One block for R rows of the tile, beginning with row r; `valid(row)` counts the block's keys the row may see.
 template <int R, class Valid>
 HWY_INLINE void rows_of_block(const Tile& t, const TileScratch& s, int64_t r, int64_t block, float scale,
-                              const Valid& valid) {
+                              const Valid& valid, const float* next) {
   const int64_t most = valid(r + R - 1), least = valid(r);  // rows see ever more keys
   if (most <= 0) return;
   float* score = s.score + r * kKeys;
@@ -241,9 +256,9 @@ HWY_INLINE void rows_of_block(const Tile& t, const TileScratch& s, int64_t r, in
   }
   // Keys that all R rows see go together; a later key must not touch an earlier row, not even times zero.
   const int64_t shared = std::max<int64_t>(least, 0);
-  add_values<R>(score, v, t.stride, 0, shared, o, t.d);
+  add_values<R>(score, v, t.stride, 0, shared, o, t.d, next);
   for (int64_t k = 0; k < R && most > shared; ++k)
-    add_values<1>(score + k * kKeys, v, t.stride, shared, std::max(valid(r + k), shared), o + k * t.d, t.d);
+    add_values<1>(score + k * kKeys, v, t.stride, shared, std::max(valid(r + k), shared), o + k * t.d, t.d, nullptr);
 }
 
 // All keys for one tile; s.q is set. Leaves o / sum in s.o.
@@ -255,13 +270,18 @@ void attend(const Tile& t, const TileScratch& s) {
   std::fill(s.o, s.o + rows * t.d, 0.0f);
   const int64_t end = t.first + t.tokens;
   for (int64_t block = 0; block < end; block += kKeys) {
-    transpose_keys(t.k + block * t.stride, t.stride, std::min(kKeys, end - block), t.d, s.keys);
+    const int64_t after = block + kKeys;
+    const bool ask = rows <= kFewRows && after < end;
+    transpose_keys(t.k + block * t.stride, t.stride, std::min(kKeys, end - block), t.d, s.keys,
+                   ask ? t.k + after * t.stride : nullptr);
+    const float* next = ask ? t.v + after * t.stride : nullptr;
     const auto valid = [&](int64_t row) { return std::min(kKeys, t.first + row / t.group + 1 - block); };
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) rows_of_block<4>(t, s, r, block, scale, valid);
-    if (rows - r == 3) rows_of_block<3>(t, s, r, block, scale, valid);
-    if (rows - r == 2) rows_of_block<2>(t, s, r, block, scale, valid);
-    if (rows - r == 1) rows_of_block<1>(t, s, r, block, scale, valid);
+    for (; r + 4 <= rows; r += 4) rows_of_block<4>(t, s, r, block, scale, valid, r ? nullptr : next);
+    const float* rest = r ? nullptr : next;
+    if (rows - r == 3) rows_of_block<3>(t, s, r, block, scale, valid, rest);
+    if (rows - r == 2) rows_of_block<2>(t, s, r, block, scale, valid, rest);
+    if (rows - r == 1) rows_of_block<1>(t, s, r, block, scale, valid, rest);
   }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < t.d; ++i) s.o[r * t.d + i] /= s.sum[r];

@@ -7,13 +7,13 @@
 
 namespace kda::ref {
 
-// q [L,H,d], k and v [L,G,d] -> o [L,H,d]
+// The outputs of tokens [from,L): q [L,H,d], k and v [L,G,d] -> o [L-from,H,d]
 template <class T>
 std::vector<T> attention(const std::vector<T>& q, const std::vector<T>& k, const std::vector<T>& v, size_t H, size_t G,
-                         size_t d) {
+                         size_t d, size_t from = 0) {
   const size_t L = q.size() / (H * d);
-  std::vector<T> o(q.size());
-  for (size_t t = 0; t < L; ++t)
+  std::vector<T> o((L - from) * H * d);
+  for (size_t t = from; t < L; ++t)
     for (size_t h = 0; h < H; ++h) {
       const size_t g = h / (H / G);
       std::vector<T> s(t + 1);
@@ -26,7 +26,7 @@ std::vector<T> attention(const std::vector<T>& q, const std::vector<T>& k, const
       T sum = 0;
       for (T& x : s) sum += x = std::exp(x - most);
       for (size_t j = 0; j <= t; ++j)
-        for (size_t i = 0; i < d; ++i) o[(t * H + h) * d + i] += s[j] / sum * v[(j * G + g) * d + i];
+        for (size_t i = 0; i < d; ++i) o[((t - from) * H + h) * d + i] += s[j] / sum * v[(j * G + g) * d + i];
     }
   return o;
 }

@@ -1,6 +1,5 @@
 # What libkda links. Read by the project itself and, when the library is static, by kdaConfig.cmake of an installation.
 find_package(hwy REQUIRED)
-find_package(fmt REQUIRED)
 find_package(simdjson REQUIRED)
 find_package(PkgConfig REQUIRED)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)

@@ -14,7 +14,7 @@ packages=(
   libutf8proc-dev       # Unicode normal forms
   libsimdjson-dev       # large JSON files
   nlohmann-json3-dev    # JSON everywhere else
-  libcli11-dev libfmt-dev libspdlog-dev
+  libcli11-dev
   libgtest-dev python3  # the tests
   xz-utils              # packed test data
 )

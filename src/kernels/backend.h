@@ -48,7 +48,6 @@ struct KdaPrep;
 struct KdaForward;
 struct KdaOutput;
 struct KdaDecode;
-struct TokenLoss;
 
 struct Backend {
   const char* name;
@@ -69,7 +68,6 @@ struct Backend {
   void (*kda_forward)(Context&, const KdaForward&);
   void (*kda_output)(Context&, const KdaOutput&);
   void (*kda_decode)(Context&, const KdaDecode&);
-  void (*token_loss)(Context&, const TokenLoss&);
 };
 
 // What an op runs on. The workspace is scratch for one op at a time, sized beforehand with X_workspace_bytes.

@@ -7,7 +7,8 @@
 // as they lie, for all R rows, and this is bound by memory. In each, a row's result depends only on that row: not on R,
 // on the thread count, nor on its neighbours.
 // dtypes (cpu)  x, y f32; W f32 | bf16 | f16 | i8 with f32 scale [N].
-// Precision     fast: bf16 operands, fp32 sums, where the CPU has such instructions; exact: fp32. matvec always has fp32 x
+// Precision     fast: bf16 operands, fp32 sums, where the CPU has such instructions and W is bf16 or i8 (weights are never
+//               rounded); exact, and fast otherwise: fp32. matvec always has fp32 x
 //               and exact products of it with the stored weights, fp32 sums.
 #pragma once
 #include "kernels/backend.h"

@@ -27,7 +27,6 @@ const Backend& cpu_backend() {
       .kda_forward = cpu::kda_forward,
       .kda_output = cpu::kda_output,
       .kda_decode = cpu::kda_decode,
-      .token_loss = cpu::token_loss,
   };
   return table;
 }

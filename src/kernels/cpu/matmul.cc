@@ -77,9 +77,15 @@ bool can(Kind kind) {
   }
 }
 
-Kind kind_for(Precision p) {
+Kind f32_kind() {
   static const bool blocks = can(Kind::f32);
-  return p == Precision::fast && cpu_has_bf16() ? Kind::bf16 : blocks ? Kind::f32 : Kind::f32_plain;
+  return blocks ? Kind::f32 : Kind::f32_plain;
+}
+
+// Fast rounds activations to bf16, never weights: a matrix stored in more than bf16 is multiplied in f32.
+Kind kind_for(Precision p, Dtype weights) {
+  const bool exact_in_bf16 = weights == Dtype::bf16 || weights == Dtype::i8;
+  return p == Precision::fast && exact_in_bf16 && cpu_has_bf16() ? Kind::bf16 : f32_kind();
 }
 
 // Generated code, made once per shape and kept: it costs about as much as the product of a short prompt.
@@ -106,7 +112,7 @@ struct Plan {
   int64_t Kp, row_bytes, turn_rows;
   size_t x_bytes, panel_bytes, tile_bytes, worker_bytes, total_bytes;
 
-  Plan(const Context& ctx, int64_t R, int64_t K) : kind(kind_for(ctx.precision)), size(sizes(kind)) {
+  Plan(const Context& ctx, Kind k, int64_t R, int64_t K) : kind(k), size(sizes(k)) {
     Kp = round_up(K, kStep);
     row_bytes = Kp * size.element_bytes;
     turn_rows = std::max<int64_t>(1, kCopyBytes / row_bytes / size.rows) * size.rows;
@@ -135,28 +141,22 @@ struct Panel {
   const MatmulSegment* segment;
   int64_t n0, n;
 };
-}  // namespace
 
-bool cpu_has_bf16() {
-  static const bool has = [] {
-    constexpr auto bits = int(dnnl::cpu_isa::avx512_core_bf16);
-    return (int(dnnl::get_effective_cpu_isa()) & bits) == bits && can(Kind::bf16);
-  }();
-  return has;
-}
-
-void matmul(Context& ctx, const Matmul& a) {
+// The matrices of `a` that are multiplied in this kind.
+void multiply(Context& ctx, const Matmul& a, Kind kind) {
   const int64_t R = a.x.dim(0), K = a.x.dim(1);
-  if (!R) return;
-  const Plan plan(ctx, R, K);
+  const Plan plan(ctx, kind, R, K);
   auto* base = static_cast<char*>(workspace(ctx, plan.total_bytes, "matmul"));
   base = reinterpret_cast<char*>(round_up(int64_t(base), 64));
   char* const x_copy = base;
 
   std::vector<Panel> panels;
-  for (const auto& s : a.segments)
+  for (const auto& s : a.segments) {
+    if (kind_for(ctx.precision, s.w.w.dtype) != kind) continue;
     for (int64_t n0 = 0; n0 < s.w.w.dim(0); n0 += plan.size.columns)
       panels.push_back({&s, n0, std::min(plan.size.columns, s.w.w.dim(0) - n0)});
+  }
+  if (panels.empty()) return;
 
   for (int64_t r0 = 0; r0 < R; r0 += plan.turn_rows) {
     const int64_t rows = std::min(plan.turn_rows, R - r0), padded = round_up(rows, plan.size.row_step);
@@ -207,10 +207,29 @@ void matmul(Context& ctx, const Matmul& a) {
   }
 }
 
+}  // namespace
+
+bool cpu_has_bf16() {
+  static const bool has = [] {
+    constexpr auto bits = int(dnnl::cpu_isa::avx512_core_bf16);
+    return (int(dnnl::get_effective_cpu_isa()) & bits) == bits && can(Kind::bf16);
+  }();
+  return has;
+}
+
+void matmul(Context& ctx, const Matmul& a) {
+  if (!a.x.dim(0)) return;
+  if (ctx.precision == Precision::fast && cpu_has_bf16()) multiply(ctx, a, Kind::bf16);
+  multiply(ctx, a, f32_kind());
+}
+
 }  // namespace kda::cpu
 
 namespace kda {
 size_t matmul_workspace_bytes(const Context& ctx, int64_t R, int64_t K, int64_t) {
-  return cpu::Plan(ctx, R, K).total_bytes;
+  const size_t f32 = cpu::Plan(ctx, cpu::f32_kind(), R, K).total_bytes;
+  return ctx.precision == Precision::fast && cpu::cpu_has_bf16()
+             ? std::max(f32, cpu::Plan(ctx, cpu::Kind::bf16, R, K).total_bytes)
+             : f32;
 }
 }  // namespace kda

@@ -19,6 +19,5 @@ void kda_prep(Context&, const KdaPrep&);
 void kda_forward(Context&, const KdaForward&);
 void kda_output(Context&, const KdaOutput&);
 void kda_decode(Context&, const KdaDecode&);
-void token_loss(Context&, const TokenLoss&);
 
 }  // namespace kda::cpu

@@ -1,0 +1,39 @@
+// cli/options.h — options that several commands share, and the only reader of the environment.
+#pragma once
+#include <CLI/CLI.hpp>
+#include <filesystem>
+#include <memory>
+#include <string>
+
+#include "runtime/engine.h"
+
+namespace kda::cli {
+
+struct ModelOptions {
+  std::string model;
+  std::string device = "auto";
+  std::string precision = "fast";
+  std::string weights = "stored";
+  std::string weight_cache;
+  int threads = 0;
+};
+
+// -m DIR, --device, --precision, -t, --weights, --weight-cache
+void add_model_options(CLI::App&, ModelOptions&);
+// -m DIR alone, for commands that run nothing.
+void add_model_folder(CLI::App&, std::string& model);
+
+// A folder, or a hub id found in the local Hugging Face cache (HF_HUB_CACHE, HF_HOME, ~/.cache/huggingface).
+std::filesystem::path model_folder(const std::string& model);
+
+// Throws Error for a device that is not there, an unknown precision, ..
+EngineOptions engine_options(const ModelOptions&);
+std::unique_ptr<Engine> open_engine(const ModelOptions&);
+
+// A whole file, or standard input for "-".
+std::string read_text(const std::string& path);
+
+// "1,2,3" as ids. Throws Error naming what is not a number.
+std::vector<int32_t> parse_ids(const std::string&);
+
+}  // namespace kda::cli

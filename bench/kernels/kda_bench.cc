@@ -1,0 +1,251 @@
+// bench/kernels/kda_bench.cc — the KDA ops on the CPU at the 5 B model's size, one JSON object a line.
+//
+// limit  ms that the same work takes at a speed probed in this run. kda_forward: 6 H K V flops a token, what must meet
+//        the state, at the fp32 multiply-add peak of all threads. The rest: bytes that must move at copy speed.
+// share  limit / ms_p50.
+// A result off its reference by more than the tests allow is not timed: the program ends with status 1.
+// KDA_BENCH_SECONDS bounds each line's time (default 1).
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <thread>
+
+#include "kernels/conv.h"
+#include "kernels/kda_decode.h"
+#include "kernels/kda_prep.h"
+#include "tests/kernels/kda_problem.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "bench/kernels/kda_bench.cc"
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL)
+#include <hwy/foreach_target.h>
+// foreach_target.h comes before highway.h
+#include <hwy/highway.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace kda::bench::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Flops done by one thread; twelve independent chains of multiply-adds.
+double MultiplyAdds(int64_t rounds, float* sink) {
+  const hn::CappedTag<float, 16> d;
+  using VF = hn::Vec<decltype(d)>;
+  VF a[12];
+  for (int i = 0; i < 12; ++i) a[i] = hn::Set(d, float(i));
+  const VF m = hn::Set(d, 0.999f), c = hn::Set(d, 1e-3f);
+  for (int64_t r = 0; r < rounds; ++r) {
+    HWY_UNROLL(12)
+    for (int i = 0; i < 12; ++i) a[i] = hn::MulAdd(a[i], m, c);
+  }
+  for (int i = 1; i < 12; ++i) a[0] = hn::Add(a[0], a[i]);
+  *sink = hn::GetLane(a[0]);
+  return double(rounds) * 12 * 2 * double(hn::Lanes(d));
+}
+
+}  // namespace kda::bench::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace kda::bench {
+HWY_EXPORT(MultiplyAdds);
+}
+
+using namespace kda;
+using namespace kda::test;
+
+namespace {
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double budget() {
+  const char* s = std::getenv("KDA_BENCH_SECONDS");
+  return s ? std::atof(s) : 1;
+}
+
+std::string cpu_model() {
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);)
+    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
+  return "unknown";
+}
+
+// Sorted ms of f, run for the budget and at least 5 times.
+std::vector<double> time_ms(const std::function<void()>& f) {
+  f();
+  std::vector<double> ms;
+  for (const double end = seconds() + budget(); ms.size() < 5 || seconds() < end;) {
+    const double t = seconds();
+    f();
+    ms.push_back((seconds() - t) * 1e3);
+  }
+  std::sort(ms.begin(), ms.end());
+  return ms;
+}
+
+double probe_flops(Context& ctx) {
+  double best = 0;
+  for (int i = 0; i < 5; ++i) {
+    std::vector<double> done(size_t(ctx.pool->threads()));
+    std::vector<float> sink(done.size());
+    const double t = seconds();
+    ctx.pool->run(ctx.pool->threads(), [&](int64_t n, int) {
+      done[size_t(n)] = HWY_DYNAMIC_DISPATCH(bench::MultiplyAdds)(20'000'000, &sink[size_t(n)]);
+    });
+    double all = 0;
+    for (double x : done) all += x;
+    best = std::max(best, all / (seconds() - t));
+  }
+  return best;
+}
+
+// Bytes read and written per second by a copy of memory larger than any cache.
+double probe_copy(Context& ctx) {
+  const int64_t block = 1 << 20, blocks = 256;
+  Tensor a = host_tensor(Dtype::u8, {block * blocks}), b = host_tensor(Dtype::u8, {block * blocks});
+  double best = 0;
+  for (int i = 0; i < 4; ++i) {
+    const double t = seconds();
+    ctx.pool->run(blocks, [&](int64_t n, int) {
+      std::memcpy(b.v.as<uint8_t>() + n * block, a.v.as<uint8_t>() + n * block, size_t(block));
+    });
+    if (i) best = std::max(best, 2.0 * double(block) * double(blocks) / (seconds() - t));
+  }
+  return best;
+}
+
+constexpr int64_t H = 20, K = 128, V = 128;
+double copy_speed, flop_speed;
+
+void line(const char* op, int64_t N, int64_t T, const std::vector<double>& ms, double limit_s) {
+  const auto at = [&](double q) { return ms[size_t(q * double(ms.size() - 1))]; };
+  std::printf("{\"op\":\"%s\",\"device\":\"%s\",\"threads\":%d,\"H\":%d,\"K\":%d,\"V\":%d,\"N\":%d,\"T_per_sequence\":%d,"
+              "\"ms_p10\":%.4f,\"ms_p50\":%.4f,\"ms_p90\":%.4f,\"limit\":%.4f,\"share\":%.3f,\"us_per_token\":%.3f,"
+              "\"runs\":%zu}\n",
+              op, cpu_model().c_str(), ThreadPool().threads(), int(H), int(K), int(V), int(N), int(T), at(.1), at(.5),
+              at(.9), limit_s * 1e3, limit_s * 1e3 / at(.5), at(.5) * 1e3 / double(N * T), ms.size());
+  std::fflush(stdout);
+}
+
+void need(bool good, const char* op) {
+  if (good) return;
+  std::fprintf(stderr, "kda_bench: %s gives a wrong result, not timed\n", op);
+  std::exit(1);
+}
+
+void bench_forward(Context& ctx, int64_t N, int64_t T) {
+  const std::vector<int64_t> lengths(size_t(N), T);
+  {
+    KdaProblem p("bench", {130}, 2, K, V);
+    const auto [o, S] = reference(p);
+    const auto got = run_forward(ctx, p);
+    need(relative_l2(got.o, o) <= kKdaTolerance && relative_l2(got.state, S) <= kKdaTolerance, "kda_forward");
+  }
+  const KdaProblem p("bench", lengths, H, K, V);
+  const int64_t all = N * T;
+  Buffer q(ctx, p.q), k(ctx, p.k), v(ctx, p.v), g(ctx, p.g), beta(ctx, p.beta), S(ctx, p.state), o(ctx, all * H * V);
+  const auto ms = time_ms([&] {
+    kda_forward(ctx, {q.view({all, H, K}), k.view({all, H, K}), v.view({all, H, V}), g.view({all, H, K}),
+                      beta.view({all, H}), S.view({N, H, V, K}), p.pack.slots(), p.pack.packing(),
+                      o.view({all, H, V})});
+  });
+  line("kda_forward", N, T, ms, 6.0 * double(all * H * K * V) / flop_speed);
+}
+
+void bench_around(Context& ctx, int64_t T) {
+  const int64_t C = 2 * H * K + H * V;
+  const Pack pack({T});
+  Buffer x(ctx, values("x", T * C)), w(ctx, values("w", C * 4)), window(ctx, values("window", 3 * C)), y(ctx, T * C);
+  const Conv conv{x.view({T, C}), w.view({C, 4}), window.view({1, 3, C}), 0, pack.slots(), pack.packing(),
+                  y.view({T, C})};
+  const auto before = doubles(window.fetch());
+  conv_silu(ctx, conv);
+  need(close(y.fetch(), ref::conv_silu(doubles(x.fetch()), doubles(w.fetch()), before, T, C).y, 1e-6, 4), "conv_silu");
+  line("conv_silu", 1, T, time_ms([&] { conv_silu(ctx, conv); }), 8.0 * double(T * C) / copy_speed);
+
+  const int64_t n = T * H * K;
+  Buffer q(ctx, values("q", n)), k(ctx, values("k", n)), f(ctx, values("f", n, 4)), b(ctx, values("b", T * H, 4)),
+      A(ctx, values("A", H)), bias(ctx, values("bias", H * K, 3)), g(ctx, n), beta(ctx, T * H);
+  const KdaPrep prep{q.view({T, H, K}), k.view({T, H, K}),     f.view({T, H, K}), b.view({T, H}), A.view({H}),
+                     bias.view({H * K}), {}, g.view({T, H, K}), beta.view({T, H})};
+  const auto qs = doubles(q.fetch());
+  kda_prep(ctx, prep);
+  need(close(q.fetch(), ref::unit_rows(qs, K), 2e-6, 1) &&
+           relative_l2(g.fetch(), ref::log_decay(doubles(f.fetch()), doubles(A.fetch()), doubles(bias.fetch()), H, K,
+                                                 0)) < 1e-6,
+       "kda_prep");
+  line("kda_prep", 1, T, time_ms([&] { kda_prep(ctx, prep); }), 4.0 * 6 * double(n) / copy_speed);
+
+  const int64_t m = T * H * V;
+  Buffer o(ctx, values("o", m)), gate(ctx, values("gate", m, 4)), gb(ctx, values("gb", H * V)), on(ctx, values("on", V)),
+      out(ctx, m);
+  const KdaOutput output{o.view({T, H, V}), gate.view({T, H, V}), gb.view({H * V}), on.view({V}), out.view({T, H, V}),
+                         1e-5f};
+  kda_output(ctx, output);
+  need(relative_l2(out.fetch(), ref::gated_norm(doubles(o.fetch()), doubles(gate.fetch()), doubles(gb.fetch()),
+                                                doubles(on.fetch()), 1e-5f, H, V)) < 1e-6,
+       "kda_output");
+  line("kda_output", 1, T, time_ms([&] { kda_output(ctx, output); }), 4.0 * 3 * double(m) / copy_speed);
+}
+
+// One step of N sequences. `layers` pools are gone through in turn: with one, the state stays in the cache.
+void bench_decode(Context& ctx, int64_t N, int64_t layers) {
+  const int64_t HK = H * K, HV = H * V, C = 2 * HK + HV;
+  const Pack pack(std::vector<int64_t>(size_t(N), 1));
+  Buffer q(ctx, values("q", N * HK)), k(ctx, values("k", N * HK)), v(ctx, values("v", N * HV)),
+      f(ctx, values("f", N * HK)), b(ctx, values("b", N * H)), g(ctx, values("g", N * HV)),
+      qc(ctx, values("qc", HK * 4)), kc(ctx, values("kc", HK * 4)), vc(ctx, values("vc", HV * 4)), A(ctx, values("A", H)),
+      bias(ctx, values("bias", HK)), gb(ctx, values("gb", HV)), on(ctx, values("on", V)), y(ctx, N * HV), y2(ctx, N * HV);
+  std::vector<Buffer> S, window;
+  for (int64_t l = 0; l < layers; ++l) {
+    S.emplace_back(ctx, values("S", N * HV * K, 0.3f));
+    window.emplace_back(ctx, values("window", N * 3 * C));
+  }
+  KdaDecode a{.q = q.view({N, HK}), .k = k.view({N, HK}), .v = v.view({N, HV}), .f = f.view({N, HK}),
+              .b = b.view({N, H}), .g = g.view({N, HV}), .q_conv = qc.view({HK, 4}), .k_conv = kc.view({HK, 4}),
+              .v_conv = vc.view({HV, 4}), .A_log = A.view({H}), .dt_bias = bias.view({HK}), .g_bias = gb.view({HV}),
+              .o_norm = on.view({V}), .gate = {}, .eps = 1e-5f, .window = window[0].view({N, 3, C}),
+              .state = S[0].view({N, H, V, K}), .slots = pack.slots(), .y = y.view({N, HV})};
+  {  // against the parts, which the tests hold to the references
+    Buffer S1(ctx, S[0].fetch()), w1(ctx, window[0].fetch()), qo(ctx, N * HK), ko(ctx, N * HK), vo(ctx, N * HV),
+        go(ctx, N * HK), bo(ctx, N * H);
+    const auto conv = [&](const Buffer& x, const Buffer& w, const Buffer& to, int64_t first, int64_t n) {
+      conv_silu(ctx, {x.view({N, n}), w.view({n, 4}), w1.view({N, 3, C}), first, pack.slots(), pack.packing(),
+                      to.view({N, n})});
+    };
+    conv(q, qc, qo, 0, HK), conv(k, kc, ko, HK, HK), conv(v, vc, vo, 2 * HK, HV);
+    kda_prep(ctx, {qo.view({N, H, K}), ko.view({N, H, K}), f.view({N, H, K}), b.view({N, H}), A.view({H}),
+                   bias.view({HK}), {}, go.view({N, H, K}), bo.view({N, H})});
+    kda_forward(ctx, {qo.view({N, H, K}), ko.view({N, H, K}), vo.view({N, H, V}), go.view({N, H, K}), bo.view({N, H}),
+                      S1.view({N, H, V, K}), pack.slots(), pack.packing(), y2.view({N, H, V})});
+    kda_output(ctx, {y2.view({N, H, V}), g.view({N, H, V}), gb.view({HV}), on.view({V}), y2.view({N, H, V}), 1e-5f});
+    kda_decode(ctx, a);
+    need(relative_l2(y.fetch(), y2.fetch()) < 2e-6 && relative_l2(S[0].fetch(), S1.fetch()) < 1e-6, "kda_decode");
+  }
+  size_t next = 0;
+  const auto ms = time_ms([&] {
+    next = (next + 1) % S.size();
+    a.state = S[next].view({N, H, V, K}), a.window = window[next].view({N, 3, C});
+    kda_decode(ctx, a);
+  });
+  line(layers == 1 ? "kda_decode_cached" : "kda_decode", N, 1, ms, 8.0 * double(N * HV * K) / copy_speed);
+}
+
+}  // namespace
+
+int main() {
+  CpuContext ctx(ThreadPool().threads());
+  flop_speed = probe_flops(ctx);
+  copy_speed = probe_copy(ctx);
+  std::fprintf(stderr, "kda_bench: %.0f GFLOP/s fp32, %.1f GB/s copied (read + written), highway target bits %lld\n",
+               flop_speed / 1e9, copy_speed / 1e9, static_cast<long long>(hwy::SupportedTargets()));
+  for (const auto& [N, T] : {std::pair<int64_t, int64_t>{1, 16}, {1, 512}, {1, 2048}, {4, 512}}) bench_forward(ctx, N, T);
+  bench_around(ctx, 512);
+  for (const int64_t N : {1, 4}) bench_decode(ctx, N, 36);
+  bench_decode(ctx, 1, 1);
+}
+#endif

@@ -5,6 +5,8 @@
 // queries while it is in the first-level cache.
 #include "kernels/kda.h"
 
+#include <hwy/cache_control.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -26,11 +28,12 @@ namespace kda::cpu {
 namespace HWY_NAMESPACE {
 
 constexpr int64_t C = kKdaChunk, W = kKdaPanel;
-constexpr int kTile = HWY_MAX_BYTES >= 64 ? 8 : 4;  // rows of a product held in registers, two vectors wide
+constexpr int kTile = HWY_MAX_BYTES >= 64 ? 8 : 4;   // rows of a product held in registers, two vectors wide
+constexpr int kGroup = HWY_MAX_BYTES >= 64 ? 8 : 4;  // vectors of key channels held in registers
 
 struct Work {
   KdaScratch at;
-  float *state, *decayed, *k, *q, *rest, *decay, *total, *row, *L, *P, *u, *o;
+  float *state, *decayed, *k, *q, *rest, *decay, *total, *sums, *L, *P, *u, *o;
 
   Work(int64_t K, int64_t V, float* s)
       : at(K, V),
@@ -41,7 +44,7 @@ struct Work {
         rest(s + at.rest),
         decay(s + at.decay),
         total(s + at.total),
-        row(s + at.row),
+        sums(s + at.sums),
         L(s + at.L),
         P(s + at.P),
         u(s + at.u),
@@ -69,69 +72,126 @@ void StoreState(const Work& w, float* S, int64_t K, int64_t V) {
     }
 }
 
-// Everything of a chunk of n tokens that does not touch the state. Rows of q, k, g are `stride` floats apart.
-void Prepare(const Work& w, const float* q, const float* k, const float* g, int64_t n, int64_t stride, int64_t K) {
+// Everything of a chunk of n tokens that does not touch the state, for G vectors of channels from j on. Rows of q, k
+// and g are `stride` floats apart; `left` channels remain.
+template <int G>
+HWY_INLINE void PrepareColumns(const Work& w, const float* q, const float* k, const float* g, int64_t n, int64_t stride,
+                               float scale, int64_t j, int64_t left) {
   const F32 d;
   const int64_t N = int64_t(hn::Lanes(d)), Kp = w.at.Kp;
-  const VF scale = hn::Set(d, 1.0f / std::sqrt(float(K)));
-  for (int64_t j = 0; j < K; j += N) {
-    const int64_t left = K - j;
-    VF passed = hn::Set(d, 1.0f), sum = hn::Zero(d);
-    for (int64_t t = 0; t < n; ++t) {
-      const VF gt = LoadPart(d, g + t * stride + j, left);
-      const VF qt = hn::Mul(LoadPart(d, q + t * stride + j, left), scale), kt = LoadPart(d, k + t * stride + j, left);
+  float *decay = w.decay + j, *kept_k = w.k + j, *kept_q = w.q + j, *decayed = w.decayed + j, *rest = w.rest + j;
+  const VF s = hn::Set(d, scale);
+  VF passed[G], sum[G];
+  for (int c = 0; c < G; ++c) passed[c] = hn::Set(d, 1.0f), sum[c] = hn::Zero(d);
+  for (int64_t t = 0; t < n; ++t) {
+    HWY_UNROLL(8)
+    for (int c = 0; c < G; ++c) {
+      const int64_t from = t * stride + j + c * N, to = t * Kp + c * N;
+      const VF gt = LoadPart(d, g + from, left - c * N), kt = LoadPart(d, k + from, left - c * N);
+      const VF qt = hn::Mul(LoadPart(d, q + from, left - c * N), s);
       const VF one = Exp(d, gt);
-      sum = hn::Add(sum, gt);
-      passed = hn::Mul(passed, one);
-      hn::Store(one, d, w.decay + t * Kp + j);
-      hn::Store(kt, d, w.k + t * Kp + j);
-      hn::Store(qt, d, w.q + t * Kp + j);
-      hn::Store(hn::Mul(kt, passed), d, w.decayed + t * Kp + j);
-      hn::Store(hn::Mul(qt, passed), d, w.decayed + (C + t) * Kp + j);
+      sum[c] = hn::Add(sum[c], gt);
+      passed[c] = hn::Mul(passed[c], one);
+      hn::Store(one, d, decay + to);
+      hn::Store(kt, d, kept_k + to);
+      hn::Store(qt, d, kept_q + to);
+      hn::Store(hn::Mul(kt, passed[c]), d, decayed + to);
+      hn::Store(hn::Mul(qt, passed[c]), d, decayed + C * Kp + to);
     }
-    for (int64_t t = n; t < C; ++t) {
-      hn::Store(hn::Zero(d), d, w.decayed + t * Kp + j);
-      hn::Store(hn::Zero(d), d, w.decayed + (C + t) * Kp + j);
-    }
-    VF ahead = hn::Set(d, 1.0f);
-    for (int64_t t = n - 1; t >= 0; --t) {
-      hn::Store(hn::Mul(hn::Load(d, w.k + t * Kp + j), ahead), d, w.rest + t * Kp + j);
-      ahead = hn::Mul(ahead, hn::Load(d, w.decay + t * Kp + j));
-    }
-    // The state outlives the chunk, so its factor comes from the sum: one rounding instead of n.
-    hn::Store(Exp(d, sum), d, w.total + j);
   }
-  for (int64_t j = round_up(K, N); j < Kp; j += N) {  // padding beyond the last vector used above
-    hn::Store(hn::Zero(d), d, w.total + j);
-    for (int64_t t = 0; t < n; ++t) hn::Store(hn::Zero(d), d, w.rest + t * Kp + j);
+  // The state outlives the chunk, so its factor comes from the sum: one rounding instead of n.
+  for (int c = 0; c < G; ++c) {
+    hn::Store(Exp(d, sum[c]), d, w.total + j + c * N);
+    passed[c] = hn::Set(d, 1.0f);
+  }
+  for (int64_t t = n - 1; t >= 0; --t) {
+    HWY_UNROLL(8)
+    for (int c = 0; c < G; ++c) {
+      const int64_t to = t * Kp + c * N;
+      hn::Store(hn::Mul(hn::Load(d, kept_k + to), passed[c]), d, rest + to);
+      passed[c] = hn::Mul(passed[c], hn::Load(d, decay + to));
+    }
   }
 }
 
-// L[t,i] = sum_d k_t k_i D, P[t,i] = sum_d q_t k_i D, D the decay from after i up to and including t.
-void Scores(const Work& w, int64_t n, int64_t K) {
+void Prepare(const Work& w, const float* q, const float* k, const float* g, int64_t n, int64_t stride, int64_t K) {
   const F32 d;
   const int64_t N = int64_t(hn::Lanes(d)), Kp = w.at.Kp;
-  std::fill_n(w.L, C * C, 0.0f);
-  std::fill_n(w.P, C * C, 0.0f);
+  const float scale = 1.0f / std::sqrt(float(K));
+  int64_t j = 0;
+  for (; j + kGroup * N <= K; j += kGroup * N) PrepareColumns<kGroup>(w, q, k, g, n, stride, scale, j, K - j);
+  for (; j < K; j += N) PrepareColumns<1>(w, q, k, g, n, stride, scale, j, K - j);
+  for (; j < Kp; j += N) {  // padding beyond the last vector used above
+    hn::Store(hn::Zero(d), d, w.total + j);
+    for (int64_t t = 0; t < n; ++t) hn::Store(hn::Zero(d), d, w.rest + t * Kp + j);
+  }
+  for (int64_t t = n; t < round_up(n, kTile); ++t) {
+    std::fill_n(w.decayed + t * Kp, Kp, 0.0f);
+    std::fill_n(w.decayed + (C + t) * Kp, Kp, 0.0f);
+  }
+}
+
+// sums[r] = rows[r,0] + rows[r,1] + .. for the C rows of a vector each
+HWY_INLINE void SumRows(const float* rows, float* sums) {
+  const F32 d;
+#if HWY_TARGET <= HWY_AVX3
+  const hn::Repartition<uint64_t, F32> pairs;
+  VF quarter[4];
+  HWY_UNROLL(4)
+  for (int l = 0; l < 4; ++l) {
+    const auto halves = [&](int r) {  // [row r | row r+8], eight lanes of each folded onto the other eight
+      const VF a = hn::Load(d, rows + r * 16), b = hn::Load(d, rows + (r + 8) * 16);
+      return hn::Add(hn::ConcatLowerLower(d, b, a), hn::ConcatUpperUpper(d, b, a));
+    };
+    const VF x = halves(l), y = halves(l + 4);  // then blocks of four: rows l, l+4, l+8, l+12
+    quarter[l] = hn::Add(hn::OddEvenBlocks(y, x), hn::SwapAdjacentBlocks(hn::OddEvenBlocks(x, y)));
+  }
+  const auto fold = [&](VF a, VF b) { return hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)); };
+  const auto a = hn::BitCast(pairs, fold(quarter[0], quarter[1])), b = hn::BitCast(pairs, fold(quarter[2], quarter[3]));
+  hn::Store(hn::Add(hn::BitCast(d, hn::InterleaveLower(pairs, a, b)), hn::BitCast(d, hn::InterleaveUpper(pairs, a, b))),
+            d, sums);
+#else
+  for (int64_t r = 0; r < C; ++r) sums[r] = Sum(d, hn::Load(d, rows + r * int64_t(hn::Lanes(d))));
+#endif
+}
+
+// What G vectors of channels from j on add to the scores of key i: kk[t,:] and qk[t,:], to be summed over their lanes.
+template <int G>
+HWY_INLINE void ScoreColumns(const Work& w, int64_t i, int64_t n, int64_t j, float* kk, float* qk) {
+  const F32 d;
+  const int64_t N = int64_t(hn::Lanes(d)), Kp = w.at.Kp;
+  const float *decay = w.decay + j, *k = w.k + j, *q = w.q + j;
+  VF key[G], own = j ? hn::Load(d, qk + i * N) : hn::Zero(d);
+  for (int c = 0; c < G; ++c) {
+    key[c] = hn::Load(d, k + i * Kp + c * N);
+    own = hn::MulAdd(key[c], hn::Load(d, q + i * Kp + c * N), own);
+  }
+  hn::Store(own, d, qk + i * N);
+  for (int64_t t = i + 1; t < n; ++t) {
+    VF a = j ? hn::Load(d, kk + t * N) : hn::Zero(d), b = j ? hn::Load(d, qk + t * N) : hn::Zero(d);
+    HWY_UNROLL(8)
+    for (int c = 0; c < G; ++c) {
+      const int64_t at = t * Kp + c * N;
+      key[c] = hn::Mul(key[c], hn::Load(d, decay + at));
+      a = hn::MulAdd(key[c], hn::Load(d, k + at), a);
+      b = hn::MulAdd(key[c], hn::Load(d, q + at), b);
+    }
+    hn::Store(a, d, kk + t * N);
+    hn::Store(b, d, qk + t * N);
+  }
+}
+
+// L[i,t] = sum_d k_t k_i D for t > i, P[i,t] = sum_d q_t k_i D for t >= i; D is the decay after i, up to t included.
+void Scores(const Work& w, int64_t n, int64_t K) {
+  const F32 d;
+  const int64_t N = int64_t(hn::Lanes(d));
   for (int64_t i = 0; i < n; ++i) {
-    VF own = hn::Zero(d);
-    for (int64_t j = 0; j < K; j += N) {
-      const VF ki = hn::Load(d, w.k + i * Kp + j);
-      own = hn::MulAdd(ki, hn::Load(d, w.q + i * Kp + j), own);
-      hn::Store(ki, d, w.row + j);
-    }
-    w.P[i * C + i] = Sum(d, own);
-    for (int64_t t = i + 1; t < n; ++t) {
-      VF kk = hn::Zero(d), qk = hn::Zero(d);
-      for (int64_t j = 0; j < K; j += N) {
-        const VF ki = hn::Mul(hn::Load(d, w.row + j), hn::Load(d, w.decay + t * Kp + j));
-        hn::Store(ki, d, w.row + j);
-        kk = hn::MulAdd(ki, hn::Load(d, w.k + t * Kp + j), kk);
-        qk = hn::MulAdd(ki, hn::Load(d, w.q + t * Kp + j), qk);
-      }
-      w.L[t * C + i] = Sum(d, kk);
-      w.P[t * C + i] = Sum(d, qk);
-    }
+    float *kk = w.sums, *qk = w.sums + C * C;
+    int64_t j = 0;
+    for (; j + kGroup * N <= K; j += kGroup * N) ScoreColumns<kGroup>(w, i, n, j, kk, qk);
+    for (; j < K; j += N) ScoreColumns<1>(w, i, n, j, kk, qk);
+    SumRows(kk, w.L + i * C);
+    SumRows(qk, w.P + i * C);
   }
 }
 
@@ -187,7 +247,7 @@ HWY_INLINE void WriteState(const Work& w, int64_t n, float* panel) {
 }
 
 // In: u = what the state answers to the keys, o = what it answers to the queries. Out: u as written, o complete.
-//   u_t = beta_t (v_t - u_t - sum_{i<t} L[t,i] u_i)       o_t = o_t + sum_{i<=t} P[t,i] u_i
+//   u_t = beta_t (v_t - u_t - sum_{i<t} L[i,t] u_i)       o_t = o_t + sum_{i<=t} P[i,t] u_i
 HWY_INLINE void Solve(const Work& w, int64_t n, const float* v, const float* beta, float* o, int64_t H, int64_t V,
                       int64_t width) {
   const F32 d;
@@ -200,15 +260,21 @@ HWY_INLINE void Solve(const Work& w, int64_t n, const float* v, const float* bet
       if (t >= n) break;
       VF x = hn::Sub(LoadPart(d, v + t * H * V + c, left), hn::Load(d, w.u + t * W + c));
       HWY_UNROLL(16)
-      for (int i = 0; i < t; ++i) x = hn::NegMulAdd(hn::Set(d, w.L[t * C + i]), u[i], x);
+      for (int i = 0; i < t; ++i) x = hn::NegMulAdd(hn::Set(d, w.L[i * C + t]), u[i], x);
       u[t] = hn::Mul(hn::Set(d, beta[t * H]), x);
       VF y = hn::Load(d, w.o + t * W + c);
       HWY_UNROLL(16)
-      for (int i = 0; i <= t; ++i) y = hn::MulAdd(hn::Set(d, w.P[t * C + i]), u[i], y);
+      for (int i = 0; i <= t; ++i) y = hn::MulAdd(hn::Set(d, w.P[i * C + t]), u[i], y);
       hn::Store(u[t], d, w.u + t * W + c);
       if (left > 0) StorePart(y, d, o + t * H * V + c, left);
     }
   }
+}
+
+// Asks for `n` rows of `width` floats, `stride` apart: rows of one head lie too far apart to be fetched ahead unasked.
+HWY_INLINE void Fetch(const float* p, int64_t n, int64_t stride, int64_t width) {
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i < width; i += 16) hwy::Prefetch(p + t * stride + i);
 }
 
 // One head of one sequence of T tokens. S_in may be null (zeros), S_out may be null (not kept).
@@ -222,7 +288,13 @@ void ForwardHead(const KdaForward& a, int64_t start, int64_t T, int64_t h, const
     const int64_t n = std::min(C, start + T - t), at = (t * H + h) * K;
     Prepare(w, a.q.as<float>() + at, a.k.as<float>() + at, a.log_decay.as<float>() + at, n, H * K, K);
     Scores(w, n, K);
+    const int64_t next = std::clamp<int64_t>(start + T - t - C, 0, C), ahead = at + C * H * K;
     for (int64_t v = 0; v < V; v += W) {
+      const int64_t part = v / W, parts = (V + W - 1) / W, from = next * part / parts,
+                    rows = next * (part + 1) / parts - from;
+      for (const ConstView* x : {&a.q, &a.k, &a.log_decay})
+        Fetch(x->as<float>() + ahead + from * H * K, rows, H * K, K);
+      Fetch(a.v.as<float>() + ((t + C + from) * H + h) * V, rows, H * V, V);
       float* panel = w.state + v * Kp;
       for (int64_t r = 0; r < n; r += kTile) {
         MeetState(w.decayed + r * Kp, Kp, K, panel, w.u + r * W);

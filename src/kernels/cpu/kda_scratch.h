@@ -19,8 +19,8 @@ struct KdaScratch {
   int64_t rest;     // [C, Kp]    k decayed to the chunk's end: what is written
   int64_t decay;    // [C, Kp]    one token's own
   int64_t total;    // [Kp]       of the whole chunk
-  int64_t row;      // [Kp]
-  int64_t L, P;     // [C, C]
+  int64_t sums;     // [2, C, lanes]
+  int64_t L, P;     // [C, C]      by key, then by the later token
   int64_t u, o;     // [C, kKdaPanel]
   int64_t size;     // floats
 
@@ -35,7 +35,7 @@ struct KdaScratch {
     rest = take(C * Kp);
     decay = take(C * Kp);
     total = take(Kp);
-    row = take(Kp);
+    sums = take(2 * C * C);
     L = take(C * C);
     P = take(C * C);
     u = take(C * kKdaPanel);

@@ -131,30 +131,6 @@ void Prepare(const Work& w, const float* q, const float* k, const float* g, int6
   }
 }
 
-// sums[r] = rows[r,0] + rows[r,1] + .. for the C rows of a vector each
-HWY_INLINE void SumRows(const float* rows, float* sums) {
-  const F32 d;
-#if HWY_TARGET <= HWY_AVX3
-  const hn::Repartition<uint64_t, F32> pairs;
-  VF quarter[4];
-  HWY_UNROLL(4)
-  for (int l = 0; l < 4; ++l) {
-    const auto halves = [&](int r) {  // [row r | row r+8], eight lanes of each folded onto the other eight
-      const VF a = hn::Load(d, rows + r * 16), b = hn::Load(d, rows + (r + 8) * 16);
-      return hn::Add(hn::ConcatLowerLower(d, b, a), hn::ConcatUpperUpper(d, b, a));
-    };
-    const VF x = halves(l), y = halves(l + 4);  // then blocks of four: rows l, l+4, l+8, l+12
-    quarter[l] = hn::Add(hn::OddEvenBlocks(y, x), hn::SwapAdjacentBlocks(hn::OddEvenBlocks(x, y)));
-  }
-  const auto fold = [&](VF a, VF b) { return hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b)); };
-  const auto a = hn::BitCast(pairs, fold(quarter[0], quarter[1])), b = hn::BitCast(pairs, fold(quarter[2], quarter[3]));
-  hn::Store(hn::Add(hn::BitCast(d, hn::InterleaveLower(pairs, a, b)), hn::BitCast(d, hn::InterleaveUpper(pairs, a, b))),
-            d, sums);
-#else
-  for (int64_t r = 0; r < C; ++r) sums[r] = Sum(d, hn::Load(d, rows + r * int64_t(hn::Lanes(d))));
-#endif
-}
-
 // What G vectors of channels from j on add to the scores of key i: kk[t,:] and qk[t,:], to be summed over their lanes.
 template <int G>
 HWY_INLINE void ScoreColumns(const Work& w, int64_t i, int64_t n, int64_t j, float* kk, float* qk) {

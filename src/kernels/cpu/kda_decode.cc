@@ -40,34 +40,49 @@ void ConvStep(const float* x, const float* w, const float* in, float* out, int64
 }
 
 // Row by row of the state [V,K]: u = beta (v - S' k), S = S' + u k^T, o = s (S' q + u (k.q)), S' = S diag(decay).
-// S' k = S (decay k), so one reading gives both products and the second finds the rows in cache.
+// S' k = S (decay k), so one reading gives both products and the second finds the rows in the first-level cache.
+// kWhole: K is a multiple of the vector, no row has a partial one.
+template <bool kWhole>
 void StateStep(const float* in, float* out, const float* decay, const float* k, const float* dk, const float* dq,
                float kq, const float* v, float beta, float scale, float* o, int64_t K, int64_t V) {
   const F32 d;
   const int64_t N = int64_t(hn::Lanes(d));
-  constexpr int64_t kRows = 4;
+  constexpr int64_t kRows = 8;
+  HWY_ALIGN float parts[16 * hn::MaxLanes(F32())] = {};  // of S' k for 8 rows, then of S' q
+  HWY_ALIGN float sums[16] = {};
+  const auto load = [&](const float* p, int64_t j)
+                        HWY_ATTR { return kWhole ? hn::LoadU(d, p + j) : LoadPart(d, p + j, K - j); };
   for (int64_t r0 = 0; r0 < V; r0 += kRows) {
     const int64_t rows = std::min(kRows, V - r0);
-    VF u[kRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      VF a = hn::Zero(d), b = hn::Zero(d);
-      if (in)
+    if (in) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* row = in + (r0 + r) * K;
+        VF a = hn::Zero(d), b = hn::Zero(d);
         for (int64_t j = 0; j < K; j += N) {
-          const VF s = LoadPart(d, in + (r0 + r) * K + j, K - j);
+          const VF s = load(row, j);
           a = hn::MulAdd(s, hn::Load(d, dk + j), a);
           b = hn::MulAdd(s, hn::Load(d, dq + j), b);
         }
-      const float ur = beta * (v[r0 + r] - Sum(d, a));
-      o[r0 + r] = scale * (Sum(d, b) + ur * kq);
-      u[r] = hn::Set(d, ur);
-    }
-    if (!out) continue;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < K; j += N) {
-        const int64_t at = (r0 + r) * K + j;
-        const VF s = in ? hn::Mul(LoadPart(d, in + at, K - j), hn::Load(d, decay + j)) : hn::Zero(d);
-        StorePart(hn::MulAdd(u[r], hn::Load(d, k + j), s), d, out + at, K - j);
+        hn::Store(a, d, parts + r * N);
+        hn::Store(b, d, parts + (kRows + r) * N);
       }
+      SumRows(parts, sums);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float u = beta * (v[r0 + r] - sums[r]);
+      o[r0 + r] = scale * (sums[kRows + r] + u * kq);
+      if (!out) continue;
+      const VF written = hn::Set(d, u);
+      const int64_t at = (r0 + r) * K;
+      for (int64_t j = 0; j < K; j += N) {
+        const VF s = in ? hn::Mul(load(in + at, j), hn::Load(d, decay + j)) : hn::Zero(d);
+        const VF sum = hn::MulAdd(written, hn::Load(d, k + j), s);
+        if (kWhole)
+          hn::StoreU(sum, d, out + at + j);
+        else
+          StorePart(sum, d, out + at + j, K - j);
+      }
+    }
   }
 }
 
@@ -105,8 +120,9 @@ void DecodeHead(const KdaDecode& a, int64_t n, int64_t h, float* scratch) {
     kq = hn::MulAdd(kj, qj, kq);
   }
   float* pool = a.state.as<float>();
-  StateStep(in < 0 ? nullptr : pool + (in * H + h) * V * K, out < 0 ? nullptr : pool + (out * H + h) * V * K, decay, k,
-            dk, dq, Sum(d, kq), v, beta, 1.0f / std::sqrt(float(K)), o, K, V);
+  const auto step = K % N == 0 ? StateStep<true> : StateStep<false>;
+  step(in < 0 ? nullptr : pool + (in * H + h) * V * K, out < 0 ? nullptr : pool + (out * H + h) * V * K, decay, k, dk,
+       dq, Sum(d, kq), v, beta, 1.0f / std::sqrt(float(K)), o, K, V);
   GatedNormRow(d, o, a.g.as<float>() + (n * H + h) * V, a.g_bias.as<float>() + h * V, a.o_norm.as<float>(), a.eps,
                a.y.as<float>() + (n * H + h) * V, V);
 }

@@ -11,8 +11,9 @@
 namespace kda {
 
 namespace {
-constexpr int64_t kMaxSize = int64_t(1) << 28;  // of any one size: products of two stay far inside 64 bits
-constexpr int64_t kMaxLayers = 100'000;
+// Far above any model, and such that no sum over all layers of a product of two leaves 64 bits.
+constexpr int64_t kMaxSize = int64_t(1) << 24;
+constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxHead = 1 << 16;
 
 // Tensors under canonical names; only those of the table's world, the rest is for the loader to complain about.
@@ -182,6 +183,7 @@ void read_kda_sizes(const Tensors& t, int64_t layer, const std::string& where, L
   }
   KDA_CHECK(s.K <= kMaxHead && s.V <= kMaxHead, at, "heads of K = ", s.K, " and V = ", s.V, " are wider than ",
             kMaxHead);
+  KDA_CHECK(H <= kMaxSize / s.V, at, H, " heads of V = ", s.V, " are too many");
   KDA_CHECK(v == H * s.V || v % s.V != 0 || v / s.V <= H, at, "grouped values (", v / s.V, " value heads over ", H,
             " heads) are not supported");
   for (const char* conv : {"q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight"})

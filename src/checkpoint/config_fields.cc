@@ -228,7 +228,9 @@ bool neutral(const json& v, double number) {
 
 void check(const json& object, std::span<const Refused> refused, std::span<const std::string_view> known,
            const std::string& where, std::vector<std::string>& warnings) {
-  for (const auto& [key, value] : object.items()) {
+  for (const auto& item : object.items()) {
+    const std::string& key = item.key();
+    const json& value = item.value();
     const auto r = std::find_if(refused.begin(), refused.end(), [&](const Refused& x) { return x.name == key; });
     if (r != refused.end()) {
       // Qwen-style configs carry a window they do not use.

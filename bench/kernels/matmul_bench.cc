@@ -186,42 +186,41 @@ bool bench_matvec(ThreadPool& pool, const nlohmann::ordered_json& head, const st
       file = MappedFile::open(path);
       std::filesystem::remove(path);
     }
-    for (const bool mapped : {false, true}) {
-      if (mapped && !file) continue;
-      const double dram = probe_dram_read_bytes_per_s(pool);
+    DramProbe dram(pool);
+    for (const bool mapped : {false, true})
       for (int64_t rows : {1, 4, 16}) {
-        Times whole{};
+        if (mapped && !file) continue;
+        Source source(d, mapped ? static_cast<const void*>(file->data()) : w.v.data, w.v.size());
+        std::vector<std::vector<double>> ms(kLayer.size() + 1);
+        std::vector<double> limit, share;
         double bytes = 0;
-        for (const Group& g : kLayer) {
-          Source source(d, mapped ? static_cast<const void*>(file->data()) : w.v.data, w.v.size());
-          std::vector<double> ms;
-          const double size = double(weights(g)) * double(size_of(d));
-          const int passes = int(std::clamp(2e9 / size, 11.0, 101.0)) / (rows > 4 ? 3 : 1);
-          for (int i = 0; i < passes; ++i) ms.push_back(time_ms(ctx, matvec, g, source, scale, x, y, rows));
-          const Times t = percentiles(ms);
+        for (const Group& g : kLayer) bytes += double(weights(g)) * double(size_of(d));
+        for (int pass = 0; pass < (rows > 4 ? 9 : 21); ++pass) {  // side by side: the machine may not be ours
+          double all = 0;
+          for (size_t i = 0; i < kLayer.size(); ++i) {
+            ms[i].push_back(time_ms(ctx, matvec, kLayer[i], source, scale, x, y, rows));
+            all += ms[i].back();
+          }
+          ms.back().push_back(all);
+          limit.push_back(dram.bytes_per_s() / 1e9);
+          share.push_back(bytes / all / 1e6 / limit.back());
+        }
+        const double most = percentiles(limit).p50;
+        for (size_t i = 0; i < ms.size(); ++i) {
+          const bool whole = i == kLayer.size();
+          const double size = whole ? bytes : double(weights(kLayer[i])) * double(size_of(d));
+          const Times t = percentiles(ms[i]);
           auto line = head;
           line.update({{"op", "matvec"},
-                       {"matrices", g.name},
+                       {"matrices", whole ? "layer" : kLayer[i].name},
                        {"weights", name_of(d)},
                        {"memory", mapped ? "mapped" : "own"},
                        {"R", rows},
-                       {"K", g.K},
-                       {"N", g.N},
                        {"GB_per_s", size / t.p50 / 1e6}});
-          print(line, t, dram / 1e9, size / t.p50 * 1e3 / dram);
-          whole = {whole.p10 + t.p10, whole.p50 + t.p50, whole.p90 + t.p90};
-          bytes += size;
+          if (whole) line["share_pairwise"] = percentiles(share).p50;
+          print(line, t, most, size / t.p50 / 1e6 / most);
         }
-        auto line = head;
-        line.update({{"op", "matvec"},
-                     {"matrices", "layer"},
-                     {"weights", name_of(d)},
-                     {"memory", mapped ? "mapped" : "own"},
-                     {"R", rows},
-                     {"GB_per_s", bytes / whole.p50 / 1e6}});
-        print(line, whole, dram / 1e9, bytes / whole.p50 * 1e3 / dram);
       }
-    }
   }
   return true;
 }

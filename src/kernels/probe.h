@@ -5,11 +5,25 @@
 #include <span>
 
 #include "base/parallel.h"
+#include "base/tensor.h"
 
 namespace kda {
 
-// Bytes per second read from DRAM by all threads of the pool: the median of several passes over a buffer far larger
-// than the caches, in huge pages, by the fastest of a few plain reading loops. Takes a second or so and 1 GiB.
+// Reading DRAM with all threads of the pool: a buffer of 1 GiB in huge pages, by the fastest of a few plain reading
+// loops, which the constructor finds out.
+class DramProbe {
+ public:
+  explicit DramProbe(ThreadPool&);
+  double bytes_per_s();  // of one pass, now
+
+ private:
+  ThreadPool& pool_;
+  Tensor buffer_;
+  int streams_ = 1;
+  int64_t ahead_ = 0;
+};
+
+// The median of several passes.
 double probe_dram_read_bytes_per_s(ThreadPool&);
 
 // `count` products y[rows,N] = x[rows,K] W[N,K]^T, as one layer of a model has them.

@@ -110,10 +110,11 @@ TEST(Matmul, EqualsTheReferenceAtSizesAroundEveryBlock) {
   }
 }
 
-// oneDNN is capped by DNNL_MAX_CPU_ISA, for a whole process: tests/CMakeLists.txt runs these tests again under it.
+// oneDNN is capped by DNNL_MAX_CPU_ISA, for a whole process: targets_test.cc runs these tests again under it.
 TEST(Matmul, EqualsTheReferenceOnEveryInstructionSet) {
   for (int64_t left = hwy::SupportedTargets(); left; left &= left - 1) {
     hwy::SetSupportedTargetsForTest(left & -left);
+    hwy::GetChosenTarget().DeInit();
     SCOPED_TRACE(hwy::TargetName(left & -left));
     for (Dtype d : kWeightTypes)
       for (int64_t K : {1, 15, 33, 130}) {
@@ -123,6 +124,7 @@ TEST(Matmul, EqualsTheReferenceOnEveryInstructionSet) {
       }
   }
   hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().DeInit();
 }
 
 TEST(Matmul, SeveralMatricesShareTheirInput) {

@@ -5,6 +5,7 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/matmul_pack.cc"
 #include "hwy/foreach_target.h"  // must come before highway.h
 #include "hwy/highway.h"
+#include "kernels/cpu/weights-inl.h"
 
 #include <algorithm>
 #include <cstring>
@@ -12,12 +13,8 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace kda::cpu::HWY_NAMESPACE {
-namespace hn = hwy::HWY_NAMESPACE;
-
-using DF = hn::ScalableTag<float>;
 using DU32 = hn::RebindToUnsigned<DF>;
 using DU16 = hn::Rebind<uint16_t, DF>;
-using VF = hn::Vec<DF>;
 
 // Rounds to nearest even; a NaN stays a NaN (the integer trick alone would carry it into an infinity or a zero).
 HWY_INLINE hn::Vec<DU16> to_bf16(VF x) {
@@ -30,31 +27,10 @@ HWY_INLINE hn::Vec<DU16> to_bf16(VF x) {
   return hn::TruncateTo(DU16(), hn::IfThenElse(is_nan, nan, rounded));
 }
 
-// 16 or so elements of a stored type as f32. Exact for each of them.
-HWY_INLINE VF load_f32(const float* p) { return hn::LoadU(DF(), p); }
-HWY_INLINE VF load_f32(const bf16* p) {
-  const auto u = hn::PromoteTo(DU32(), hn::LoadU(DU16(), reinterpret_cast<const uint16_t*>(p)));
-  return hn::BitCast(DF(), hn::ShiftLeft<16>(u));
-}
-HWY_INLINE VF load_f32(const f16* p) {
-  const hn::Rebind<hwy::float16_t, DF> dh;
-  return hn::PromoteTo(DF(), hn::LoadU(dh, reinterpret_cast<const hwy::float16_t*>(p)));
-}
-HWY_INLINE VF load_f32(const int8_t* p) {
-  const hn::Rebind<int8_t, DF> d8;
-  const hn::Rebind<int32_t, DF> d32;
-  return hn::ConvertTo(DF(), hn::PromoteTo(d32, hn::LoadU(d8, p)));
-}
-
-HWY_INLINE float to_float(float x) { return x; }
-HWY_INLINE float to_float(bf16 x) { return float(x); }
-HWY_INLINE float to_float(f16 x) { return float(x); }
-HWY_INLINE float to_float(int8_t x) { return float(x); }
-
-HWY_INLINE hn::Vec<DU16> to_bf16(const float* p) { return to_bf16(load_f32(p)); }
-HWY_INLINE hn::Vec<DU16> to_bf16(const f16* p) { return to_bf16(load_f32(p)); }
+HWY_INLINE hn::Vec<DU16> to_bf16(const float* p) { return to_bf16(load(p)); }
+HWY_INLINE hn::Vec<DU16> to_bf16(const f16* p) { return to_bf16(load(p)); }
 HWY_INLINE hn::Vec<DU16> to_bf16(const int8_t* p) {  // exact, so the upper half is all of it
-  return hn::TruncateTo(DU16(), hn::ShiftRight<16>(hn::BitCast(DU32(), load_f32(p))));
+  return hn::TruncateTo(DU16(), hn::ShiftRight<16>(hn::BitCast(DU32(), load(p))));
 }
 
 template <class T>
@@ -62,7 +38,7 @@ void row_to_bf16(const T* x, int64_t n, uint16_t* out) {
   const int64_t lanes = int64_t(hn::Lanes(DF()));
   int64_t k = 0;
   for (; k + lanes <= n; k += lanes) hn::StoreU(to_bf16(x + k), DU16(), out + k);
-  for (; k < n; ++k) out[k] = bf16(to_float(x[k])).bits;
+  for (; k < n; ++k) out[k] = bf16(float(x[k])).bits;
 }
 inline void row_to_bf16(const bf16* x, int64_t n, uint16_t* out) { std::memcpy(out, x, size_t(n) * 2); }
 
@@ -70,8 +46,8 @@ template <class T>
 void row_to_f32(const T* x, int64_t n, float* out) {
   const int64_t lanes = int64_t(hn::Lanes(DF()));
   int64_t k = 0;
-  for (; k + lanes <= n; k += lanes) hn::StoreU(load_f32(x + k), DF(), out + k);
-  for (; k < n; ++k) out[k] = to_float(x[k]);
+  for (; k + lanes <= n; k += lanes) hn::StoreU(load(x + k), DF(), out + k);
+  for (; k < n; ++k) out[k] = float(x[k]);
 }
 
 // dst[k * kPanel + n] = src[n][k] for kGroup rows of `depth` dwords, a multiple of 16; src_stride in bytes.

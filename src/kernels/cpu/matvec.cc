@@ -13,32 +13,13 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/matvec.cc"
 #include "hwy/foreach_target.h"  // must come before highway.h
 #include "hwy/highway.h"
+#include "kernels/cpu/weights-inl.h"
 
 #include <algorithm>
 #include <cstring>
 
 HWY_BEFORE_NAMESPACE();
 namespace kda::cpu::HWY_NAMESPACE {
-namespace hn = hwy::HWY_NAMESPACE;
-
-using DF = hn::ScalableTag<float>;
-using VF = hn::Vec<DF>;
-
-HWY_INLINE VF load(const float* p) { return hn::LoadU(DF(), p); }
-HWY_INLINE VF load(const bf16* p) {
-  const hn::Rebind<uint16_t, DF> d16;
-  const hn::Rebind<uint32_t, DF> d32;
-  return hn::BitCast(DF(), hn::ShiftLeft<16>(hn::PromoteTo(d32, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p)))));
-}
-HWY_INLINE VF load(const f16* p) {
-  const hn::Rebind<hwy::float16_t, DF> d16;
-  return hn::PromoteTo(DF(), hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
-}
-HWY_INLINE VF load(const int8_t* p) {
-  const hn::Rebind<int8_t, DF> d8;
-  const hn::Rebind<int32_t, DF> d32;
-  return hn::ConvertTo(DF(), hn::PromoteTo(d32, hn::LoadU(d8, p)));
-}
 
 // The last n < lanes elements, zeros behind them; never reads past the end.
 template <class T>

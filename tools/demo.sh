@@ -5,14 +5,18 @@ cd "$(dirname "$0")/.."
 kda=${1:-build/release/kda}
 
 run() {
-  printf '\n$ kda'
-  printf ' %q' "$@"
-  printf '\n'
+  local word line='$ kda'
+  for word in "$@"; do
+    case $word in *[!A-Za-z0-9_./,-]*) line+=" ${word@Q}" ;; *) line+=" $word" ;; esac
+  done
+  printf '\n%s\n' "$line"
   "$kda" "$@"
 }
 
-echo "A trained full-attention model (8 layers, 7.9 M parameters, a tokenizer of its own):"
-run generate -m assets/nano-teacher -p "The ls command lists" -n 48
+echo "A trained model with full attention (8 layers, 7.9 M parameters): arithmetic, then free text."
+run generate -m assets/nano-teacher --stop Question: \
+  -p $'Question: Rosa has 34 shells and gives away 9. How many shells are left?\nAnswer:'
+run generate -m assets/nano-teacher -n 40 -p "To list the files in a directory, use"
 echo
-echo "A KDA-only checkpoint (4 layers, random weights, no tokenizer: ids in, ids out):"
+echo "A checkpoint with KDA layers only (4 layers, random weights, no tokenizer: ids in, ids out)."
 run generate -m tests/golden/tiny-kda --prompt-ids 1,17,42,99 -n 16

@@ -13,14 +13,17 @@ if [ ${#targets[@]} = 0 ]; then
 fi
 [ ${#targets[@]} -gt 0 ] || { echo "fuzz: no target in $build/tests/fuzz" >&2; exit 1; }
 
-# seed TARGET FOLDER BYTES: the files of the test data that TARGET reads. JSON longer than BYTES is left out; a safetensors file is
-# cut there, since it begins with its header.
+# seed TARGET FOLDER BYTES: tests/fuzz/seeds/TARGET, else the files of the test data that TARGET reads. JSON longer than BYTES is left
+# out; a safetensors file is cut there, since it begins with its header.
 seed() {
   local files i=0 file
+  if [ -d "tests/fuzz/seeds/$1" ]; then
+    cp "tests/fuzz/seeds/$1"/* "$2"/
+    return 0
+  fi
   case $1 in
     safetensors) files=$(find tests assets -name '*.safetensors') ;;
     config) files=$(find tests assets -name '*config*.json' -size -"$3"c) ;;
-    tokenizer) files=$(find tests assets \( -name '*tokenizer*.json' -o -path '*/tokenizers/*.json' \) -size -"$3"c) ;;
     state)
       for i in 1 2 3; do
         "$build/kda" generate -m tests/golden/tiny-hybrid --prompt-ids 1,17,42 -n $i --greedy --save-state "$2/seed-$i" >/dev/null

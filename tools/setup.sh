@@ -21,7 +21,7 @@ packages=(
 list=0
 for want in "$@"; do
   case $want in
-    fuzz) packages+=(clang libclang-rt-dev) ;;
+    fuzz) packages+=(clang libclang-rt-dev libomp-dev) ;;
     format) packages+=(clang-format) ;;
     --list) list=1 ;;
     *) echo "setup: unknown argument '$want' (known: fuzz, format, --list)" >&2; exit 2 ;;

@@ -1,5 +1,6 @@
 # cmake -DBUILD=.. -DSOURCE=.. -DCONFIG=.. -DCOMPILER=.. -P install_test.cmake
 # Installs the build into a fresh prefix, builds examples/ against that prefix alone, and runs what came out.
+cmake_minimum_required(VERSION 3.24)
 set(work ${BUILD}/install_test)
 set(prefix ${work}/prefix)
 file(REMOVE_RECURSE ${work})

@@ -139,39 +139,57 @@ void keep_if(SamplerScratch& s, const auto& keep) {
 
 double total(const SamplerScratch& s) { return std::accumulate(s.weight.begin(), s.weight.end(), 0.0); }
 
+// The element of s.order, taken as sorted, with which the weights come to `limit`; the last one if they never do. By
+// halves, so that the whole need not be sorted.
+std::pair<double, int32_t> crossing(SamplerScratch& s, double limit) {
+  const auto weight = [&](size_t i) { return s.weight[size_t(s.order[i].second)]; };
+  const auto at = [&](size_t i) { return s.order.begin() + std::ptrdiff_t(i); };
+  size_t from = 0, to = s.order.size();
+  double before = 0;
+  while (to - from > 32) {
+    const size_t middle = from + (to - from) / 2;
+    std::nth_element(at(from), at(middle), at(to));
+    double half = 0;
+    for (size_t i = from; i < middle; ++i) half += weight(i);
+    if (before + half >= limit) {
+      to = middle;
+    } else {
+      before += half;
+      from = middle;
+    }
+  }
+  std::sort(at(from), at(to));
+  while (from + 1 < to && (before += weight(from)) < limit) ++from;
+  return s.order[from];
+}
+
 void apply_top_p(SamplerScratch& s, double top_p) {
   const double mass = total(s);
-  // Tokens this rare have less than 1 - top_p between them, so none of them is kept: most need no sorting. The
+  // Tokens this rare have less than 1 - top_p between them, so none of them is kept: most need no ordering. The
   // likeliest always stays; the half leaves room for rounding.
   const double rare = 0.5 * (1 - top_p) * mass / double(s.id.size());
   s.order.clear();
   for (size_t i = 0; i < s.id.size(); ++i)
     if (s.weight[i] >= rare) s.order.emplace_back(-s.weight[i], int32_t(i));
   // Among equals the lowest id stays, as in a greedy choice. (In transformers that is up to an unstable sort.)
-  std::sort(s.order.begin(), s.order.end());
-  double before = 0;
-  size_t n = 0;
-  while (n < s.order.size() && (n == 0 || before < top_p * mass)) before -= s.order[n++].first;
-  const auto last = s.order[n - 1];
+  const auto last = crossing(s, top_p * mass);
   keep_if(s, [&](size_t i) { return std::pair(-s.weight[i], int32_t(i)) <= last; });
 }
 
 void apply_typical_p(SamplerScratch& s, double typical_p) {
   const double mass = total(s);
   double entropy = 0;
-  for (double w : s.weight)
-    if (w > 0) entropy -= w / mass * std::log(w / mass);
-  const auto distance = [&](double w) {
-    return w > 0 ? std::abs(-std::log(w / mass) - entropy) : std::numeric_limits<double>::infinity();
-  };
   s.order.clear();
-  for (size_t i = 0; i < s.id.size(); ++i) s.order.emplace_back(distance(s.weight[i]), int32_t(i));
-  std::sort(s.order.begin(), s.order.end());
-  double sum = 0;
-  size_t n = 0;
-  while (n + 1 < s.order.size() && (sum += s.weight[size_t(s.order[n].second)]) < typical_p * mass) ++n;
-  const double limit = s.order[n].first;
-  keep_if(s, [&](size_t i) { return distance(s.weight[i]) <= limit; });
+  for (size_t i = 0; i < s.id.size(); ++i) {
+    const double share = s.weight[i] / mass, surprise = -std::log(share);
+    if (share > 0) entropy += share * surprise;
+    s.order.emplace_back(surprise, int32_t(i));
+  }
+  for (auto& [distance, i] : s.order) distance = std::abs(distance - entropy);
+  const double limit = crossing(s, typical_p * mass).first;
+  for (const auto& [distance, i] : s.order)
+    if (distance > limit) s.weight[size_t(i)] = -1;
+  keep_if(s, [&](size_t i) { return s.weight[i] >= 0; });
 }
 
 // Everything between process() and the draw: fills id and weight.

@@ -9,8 +9,10 @@
 
 namespace {
 constexpr void (*kCommands[])(CLI::App&) = {
+    kda::cli::add_inspect,
     kda::cli::add_generate,
     kda::cli::add_score,
+    kda::cli::add_init,
     kda::cli::add_bench,
 };
 }

@@ -99,10 +99,6 @@ TEST(KdaForward, GivesTheGoldenValues) {
     EXPECT_LE(relative_l2(o.fetch(), get("o")), kKdaTolerance) << s.name;
     EXPECT_LE(relative_max(o.fetch(), get("o")), 5e-6) << s.name;
     EXPECT_LE(relative_l2(state.fetch(), transposed(get("hT"), K, V)), kKdaTolerance) << s.name;
-    if (std::getenv("KDA_PRINT"))
-      std::printf("%s o %.2g %.2g state %.2g %.2g\n", s.name.c_str(), relative_l2(o.fetch(), get("o")),
-                  relative_max(o.fetch(), get("o")), relative_l2(state.fetch(), transposed(get("hT"), K, V)),
-                  relative_max(state.fetch(), transposed(get("hT"), K, V)));
   }
 }
 

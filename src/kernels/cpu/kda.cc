@@ -5,8 +5,6 @@
 // queries while it is in the first-level cache.
 #include "kernels/kda.h"
 
-#include <hwy/cache_control.h>
-
 #include <algorithm>
 #include <cmath>
 
@@ -247,12 +245,6 @@ HWY_INLINE void Solve(const Work& w, int64_t n, const float* v, const float* bet
   }
 }
 
-// Asks for `n` rows of `width` floats, `stride` apart: rows of one head lie too far apart to be fetched ahead unasked.
-HWY_INLINE void Fetch(const float* p, int64_t n, int64_t stride, int64_t width) {
-  for (int64_t t = 0; t < n; ++t)
-    for (int64_t i = 0; i < width; i += 16) hwy::Prefetch(p + t * stride + i);
-}
-
 // One head of one sequence of T tokens. S_in may be null (zeros), S_out may be null (not kept).
 void ForwardHead(const KdaForward& a, int64_t start, int64_t T, int64_t h, const float* S_in, float* S_out,
                  float* scratch) {
@@ -264,13 +256,7 @@ void ForwardHead(const KdaForward& a, int64_t start, int64_t T, int64_t h, const
     const int64_t n = std::min(C, start + T - t), at = (t * H + h) * K;
     Prepare(w, a.q.as<float>() + at, a.k.as<float>() + at, a.log_decay.as<float>() + at, n, H * K, K);
     Scores(w, n, K);
-    const int64_t next = std::clamp<int64_t>(start + T - t - C, 0, C), ahead = at + C * H * K;
     for (int64_t v = 0; v < V; v += W) {
-      const int64_t part = v / W, parts = (V + W - 1) / W, from = next * part / parts,
-                    rows = next * (part + 1) / parts - from;
-      for (const ConstView* x : {&a.q, &a.k, &a.log_decay})
-        Fetch(x->as<float>() + ahead + from * H * K, rows, H * K, K);
-      Fetch(a.v.as<float>() + ((t + C + from) * H + h) * V, rows, H * V, V);
       float* panel = w.state + v * Kp;
       for (int64_t r = 0; r < n; r += kTile) {
         MeetState(w.decayed + r * Kp, Kp, K, panel, w.u + r * W);

@@ -58,7 +58,7 @@ TEST(BrokenTokenizer, NotJson) {
     EXPECT_HAS(message(s), "not JSON");
   std::string json = good().dump();
   EXPECT_HAS(message(json.substr(0, json.size() - 1)), "not JSON");
-  json.insert(json.find("<unk>"), "\xc3");
+  json.insert(json.find("<unk>"), 1, '\xc3');
   EXPECT_HAS(message(json), "not JSON");
   EXPECT_HAS(message("[]"), "must be an object, is a list");
   EXPECT_HAS(message("{}"), "has no \"model\"");
@@ -99,7 +99,7 @@ TEST(BrokenTokenizer, Vocabulary) {
     EXPECT_HAS(with("/model/vocab/a", id), "model.vocab[\"a\"] must be a whole number");
   EXPECT_HAS(with("/model/vocab/a", 1), "is taken");
   std::string twice = good().dump();
-  twice.insert(twice.find("\"b\":1"), "\"a\":7,");
+  twice.replace(twice.find("\"b\":1"), 0, std::string("\"a\":7,"));
   EXPECT_HAS(message(twice), "\"a\"]: the token is there twice");
   // Ids with gaps, even wide ones, are fine.
   Json j = good();

@@ -10,6 +10,7 @@ namespace kda::text {
 namespace {
 
 constexpr size_t kLongest = 1 << 16;
+constexpr size_t kAllTogether = 4 << 20;  // bytes of all contents
 
 bool word_before(std::string_view s, size_t at) {
   if (at == 0) return false;
@@ -123,17 +124,24 @@ AddedTokens::AddedTokens(Json list, const Vocabulary& model, const Normalizer& n
     all_.push_back(std::move(t));
   }
   // Special tokens first: where two become the same string once normalized, the first holds.
+  size_t bytes = 0;
+  const auto count = [&](const AddedToken& t) {
+    bytes += t.decoded.size();
+    KDA_CHECK(bytes <= kAllTogether, "tokenizer: added tokens of more than ", kAllTogether, " bytes in all");
+  };
   for (const bool special : {true, false}) {
     for (AddedToken& t : all_) {
       if (t.special != special) continue;
       if (!t.normalized) {
         t.decoded = t.content;
+        count(t);
         in_raw_.add(t.content, t.id);
         continue;
       }
       bool at_start = false;
       t.decoded = normalizer.apply(t.content, at_start, scratch);
       KDA_CHECK(!t.decoded.empty(), "tokenizer: the added token \"", t.content, "\" is empty once normalized");
+      count(t);
       in_normalized_.add(t.decoded, t.id);
     }
   }

@@ -34,6 +34,9 @@ Bpe::Bpe(Json model) {
   }
   prefix_ = find_string(model, "continuing_subword_prefix", kWhere);
   suffix_ = find_string(model, "end_of_word_suffix", kWhere);
+  // With byte_fallback every character may become as many tokens as these have bytes.
+  KDA_CHECK(prefix_.size() <= 64 && suffix_.size() <= 64,
+            "tokenizer: model.continuing_subword_prefix or end_of_word_suffix of more than 64 bytes");
   fuse_unknown_ = find_bool(model, "fuse_unk", kWhere, false);
   byte_fallback_ = find_bool(model, "byte_fallback", kWhere, false);
   ignore_merges_ = find_bool(model, "ignore_merges", kWhere, false);

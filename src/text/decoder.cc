@@ -4,6 +4,7 @@
 
 #include "text/byte_level.h"
 #include "text/json.h"
+#include "text/limits.h"
 #include "text/utf8.h"
 
 namespace kda::text {
@@ -100,7 +101,7 @@ void Decoder::add(Json j, int depth) {
                     "\" is not supported (ByteLevel, Metaspace, ByteFallback, Fuse, Replace, Strip and Sequence are)"));
   }
   steps_.push_back(std::move(s));
-  KDA_CHECK(steps_.size() <= 64, "tokenizer: more than 64 decoders");
+  KDA_CHECK(steps_.size() <= kMostSteps, "tokenizer: more than ", kMostSteps, " decoders");
 }
 
 std::string Decoder::Step::one(std::string_view token, bool first, RegexScratch& scratch) const {
@@ -123,6 +124,7 @@ std::string Decoder::Step::one(std::string_view token, bool first, RegexScratch&
         out += token.substr(from, begin - from);
         out += content;
         from = end;
+        check_growth(out.size(), token.size(), "the decoder");
       };
       if (regex) {
         regex->for_each(token, scratch, put);
@@ -155,6 +157,8 @@ std::string Decoder::decode(const std::vector<std::string_view>& tokens, RegexSc
     if (utf8_lossy(bytes, all) > 0) all += kReplacementCharacter;
     return all;
   }
+  size_t original = 0;
+  for (const auto t : tokens) original += t.size();
   std::vector<std::string> now(tokens.begin(), tokens.end()), next;
   for (const Step& s : steps_) {
     next.clear();
@@ -188,6 +192,9 @@ std::string Decoder::decode(const std::vector<std::string_view>& tokens, RegexSc
         for (size_t i = 0; i < now.size(); ++i) next.push_back(s.one(now[i], i == 0, scratch));
     }
     now.swap(next);
+    size_t size = 0;
+    for (const auto& t : now) size += t.size();
+    check_growth(size, original, "the decoder");
   }
   for (const auto& t : now) all += t;
   return all;

@@ -2,6 +2,7 @@
 
 #include "text/byte_level.h"
 #include "text/json.h"
+#include "text/limits.h"
 #include "text/utf8.h"
 
 namespace kda::text {
@@ -91,10 +92,13 @@ void Normalizer::add(Json j, int depth) {
         "Sequence are)"));
   }
   steps_.push_back(std::move(s));
+  KDA_CHECK(steps_.size() <= kMostSteps, "tokenizer: more than ", kMostSteps, " normalizers");
 }
 
 std::string Normalizer::apply(std::string text, bool& at_start, RegexScratch& scratch) const {
+  const size_t original = text.size();
   for (const Step& s : steps_) {
+    check_growth(text.size(), original, "the normalizer");
     switch (s.kind) {
       case Kind::normal_form: text = normal_form(text, s.form); break;
       case Kind::lowercase: text = lowercase(text); break;
@@ -116,6 +120,7 @@ std::string Normalizer::apply(std::string text, bool& at_start, RegexScratch& sc
           if (begin == 0 && end > 0 && s.content.empty()) at_start = false;
           out.append(text, from, begin - from);
           out += s.content;
+          check_growth(out.size(), original, "the normalizer");
           from = end;
         };
         if (s.regex) {
@@ -131,6 +136,7 @@ std::string Normalizer::apply(std::string text, bool& at_start, RegexScratch& sc
       }
     }
   }
+  check_growth(text.size(), original, "the normalizer");
   return text;
 }
 

@@ -4,6 +4,7 @@
 
 #include "text/byte_level.h"
 #include "text/json.h"
+#include "text/limits.h"
 #include "text/unicode.h"
 #include "text/utf8.h"
 
@@ -106,6 +107,7 @@ void rewrite(Pieces& p, Write write) {
     write(p.text.substr(r.begin, r.end - r.begin), first, p.next_own);
     r = {begin, p.next_own.size()};
     first = false;
+    check_growth(p.next_own.size(), p.original, "the pre_tokenizer");
   }
   p.own.swap(p.next_own);
   p.text = p.own;
@@ -321,7 +323,7 @@ void add(PreTokenizers& out, Json j, int depth) {
                     "\" is not supported (ByteLevel, Split, Metaspace, Digits, Punctuation, Whitespace, "
                     "WhitespaceSplit and Sequence are)"));
   }
-  KDA_CHECK(steps.size() <= 64, "tokenizer: more than 64 pre_tokenizers");
+  KDA_CHECK(steps.size() <= kMostSteps, "tokenizer: more than ", kMostSteps, " pre_tokenizers");
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ struct Pieces {
   };
   std::string_view text;
   std::vector<Range> ranges;
+  size_t original = 0;    // bytes of the text before the first step
   bool at_start = false;  // text[0] is the first character of the whole input
   std::string own;        // text's bytes, once a step has rewritten them
 

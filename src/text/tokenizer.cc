@@ -149,6 +149,7 @@ void Tokenizer::Data::encode_words(std::string_view s, bool at_start, Scratch& s
   Pieces& p = scratch.pieces;
   p.text = s;
   p.ranges.assign(1, {0, s.size()});
+  p.original = s.size();
   p.at_start = at_start;
   for (const auto& step : pre_tokenizers.steps) step->apply(p, scratch.regex);
   for (const auto& r : p.ranges)

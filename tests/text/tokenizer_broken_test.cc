@@ -225,6 +225,36 @@ TEST(BrokenTokenizer, ExplodingExpression) {
   }
 }
 
+// Steps that double a text again and again end in an error before memory does.
+TEST(BrokenTokenizer, GrowingSteps) {
+  const auto repeated = [](const char* list, const Json& step, int n) -> Json {
+    return {{"type", "Sequence"}, {list, Json(static_cast<size_t>(n), step)}};
+  };
+  const Json twice = {{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aa"}};
+  const auto fails = [](const Json& j) {
+    try {
+      const auto t = Tokenizer::from_json(j.dump());
+      t.decode(t.encode("a\xc3\xa9"));
+      ADD_FAILURE() << "no error";
+    } catch (const Error& e) {
+      EXPECT_HAS(e.what(), "bytes or more of a text of");
+    }
+  };
+  Json j = good();
+  j["normalizer"] = repeated("normalizers", twice, 32);
+  fails(j);
+  EXPECT_HAS(with("/normalizer", repeated("normalizers", twice, 33)), "more than 32 normalizers");
+  j = good();
+  j["pre_tokenizer"] =
+      repeated("pretokenizers", {{"type", "ByteLevel"}, {"use_regex", false}, {"add_prefix_space", false}}, 30);
+  fails(j);
+  j = good();
+  j["decoder"] = repeated("decoders", twice, 32);
+  fails(j);
+  EXPECT_HAS(with("/decoder", repeated("decoders", twice, 33)), "more than 32 decoders");
+  EXPECT_HAS(with("/model/end_of_word_suffix", std::string(65, 'x')), "more than 64 bytes");
+}
+
 TEST(BrokenTokenizer, Files) {
   const auto dir = std::filesystem::temp_directory_path() / "kda-broken-tokenizer";
   std::filesystem::remove_all(dir);

@@ -12,6 +12,8 @@ constexpr void (*kCommands[])(CLI::App&) = {
     kda::cli::add_inspect,
     kda::cli::add_generate,
     kda::cli::add_score,
+    kda::cli::add_tokenize,
+    kda::cli::add_detokenize,
     kda::cli::add_init,
     kda::cli::add_bench,
 };

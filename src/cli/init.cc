@@ -1,5 +1,6 @@
 // cli/init.cc — `kda init --like NAME -o DIR`: a random checkpoint of a named size, for measurements.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <iostream>
 #include <memory>
 
@@ -36,7 +37,8 @@ void run(const Options& o) {
 void add_init(CLI::App& app) {
   auto o = std::make_shared<Options>();
   std::string names = "Models:";
-  for (const auto& [name, what] : named_models()) names += cat("\n  ", name, "  ", what);
+  for (const auto& [name, what] : named_models())
+    names += cat("\n  ", name, std::string(20 - std::min<size_t>(name.size(), 18), ' '), what);
   CLI::App* c = app.add_subcommand("init", "Write a random checkpoint of a named size");
   c->add_option("--like", o->like, "Name of the model whose shape it has (below)")->required();
   c->add_option("-o,--out", o->out, "Folder to write")->required();

@@ -38,7 +38,7 @@ std::string bytes(int64_t n) { return with_prefix(double(n), "B"); }
 
 std::string grouped(int64_t n) {  // 5047000000 -> 5,047,000,000
   std::string s = std::to_string(n);
-  for (int64_t i = int64_t(s.size()) - 3; i > 0; i -= 3) s.insert(size_t(i), ",");
+  for (int64_t i = int64_t(s.size()) - 3; i > 0; i -= 3) s.insert(size_t(i), 1, ',');
   return s;
 }
 

@@ -1,15 +1,17 @@
 // Prompts: oneDNN's GEMM, one thread a call, on packed panels of W.
 //
 // A task is up to kColumns columns of one matrix: its worker packs them into scratch that fits the L2 cache and runs
-// all rows past them, a block at a time. How a row is summed must depend on K alone. oneDNN's block kernels (AVX-512)
-// add up K in one order for any number of rows but 1, and its older ones do for blocks of 48 rows (docs/MATMUL.md has
-// the experiment, and the tests repeat it): so rows are padded to 16, or come in blocks of exactly 48.
+// all rows past them, a block at a time. How a row is summed must depend on K alone. oneDNN's AVX-512 block kernels add
+// up K in one order for any number of rows but 1, so there rows are padded to 16. Its AMX kernels choose how to cut K
+// by the number of rows, and its older kernels end a block differently, so there blocks have one size, 128 and 48 rows
+// (docs/MATMUL.md has the experiment, and the tests repeat it).
 #include <omp.h>
 
 #include <algorithm>
 #include <map>
 #include <mutex>
 #include <string_view>
+#include <unordered_map>
 
 #include "kernels/cpu/matmul.h"
 #include "kernels/cpu/onednn.h"
@@ -20,9 +22,9 @@ namespace kda::cpu {
 namespace {
 using dnnl::memory;
 
-constexpr int64_t kColumns = 2 * kPanel;                 // at most, of one task
-constexpr int64_t kCopyBytes = int64_t(80) << 20;        // of x in the GEMM's type; more rows are done in turns
-constexpr int64_t kScratchpadBytes = int64_t(64) << 10;  // what oneDNN may ask for; it asks for less than 1 KiB
+constexpr int64_t kColumns = 2 * kPanel;               // at most, of one task
+constexpr int64_t kCopyBytes = int64_t(80) << 20;      // of x in the GEMM's type; more rows are done in turns
+constexpr size_t kScratchpadBytes = size_t(16) << 10;  // at least; oneDNN asks for less than 1 KiB, with AMX for more
 
 // The three ways, by what the CPU has.
 enum class Kind { bf16, f32, f32_plain };
@@ -32,9 +34,11 @@ struct Sizes {
   int64_t columns;         // at most, of one task
   int64_t element_bytes;
 };
+bool has_isa(dnnl::cpu_isa isa) { return (int(dnnl::get_effective_cpu_isa()) & int(isa)) == int(isa); }
+
 Sizes sizes(Kind k) {
   switch (k) {
-    case Kind::bf16: return {16, 128, kColumns, 2};
+    case Kind::bf16: return {has_isa(dnnl::cpu_isa::avx512_core_amx) ? 128 : 16, 128, kColumns, 2};
     case Kind::f32: return {16, 128, kPanel, 4};
     default: return {48, 48, kPanel, 4};
   }
@@ -110,7 +114,7 @@ struct Plan {
   Kind kind;
   Sizes size;
   int64_t Kp, row_bytes, turn_rows;
-  size_t x_bytes, panel_bytes, tile_bytes, worker_bytes, total_bytes;
+  size_t x_bytes, panel_bytes, tile_bytes, scratchpad_bytes = kScratchpadBytes, worker_bytes, total_bytes;
 
   Plan(const Context& ctx, Kind k, int64_t R, int64_t K) : kind(k), size(sizes(k)) {
     Kp = round_up(K, kStep);
@@ -119,7 +123,10 @@ struct Plan {
     x_bytes = size_t(round_up(std::min(round_up(R, size.row_step), turn_rows) * row_bytes, 4096));
     panel_bytes = size_t(round_up(size.columns * row_bytes, 4096));
     tile_bytes = size_t(size.rows * size.columns * 4);
-    worker_bytes = panel_bytes + tile_bytes + size_t(kScratchpadBytes);
+    for (int64_t n = kPanel; n <= size.columns; n += kPanel)
+      scratchpad_bytes = std::max(scratchpad_bytes, gemm({kind, size.rows, Kp, n}).scratchpad.get_size());
+    scratchpad_bytes = size_t(round_up(int64_t(scratchpad_bytes), 4096));
+    worker_bytes = panel_bytes + tile_bytes + scratchpad_bytes;
     total_bytes = x_bytes + worker_bytes * size_t(ctx.pool->threads()) + 64;
   }
 };
@@ -190,16 +197,23 @@ void multiply(Context& ctx, const Matmul& a, Kind kind) {
       }
       dnnl::stream stream(engine());
       float* const y = p.segment->y.as<float>() + r0 * N;
+      const Gemm* g = nullptr;
+      std::unordered_map<int, memory> args;
       for (int64_t r = 0; r < rows; r += plan.size.rows) {
         const int64_t m = std::min(plan.size.rows, padded - r);
-        const Key key{plan.kind, m, plan.Kp, columns};
-        const Gemm& g = gemm(key);
-        KDA_CHECK(g.scratchpad.get_size() <= size_t(kScratchpadBytes), "matmul: oneDNN asks for ",
-                  g.scratchpad.get_size(), " bytes of scratch, planned ", kScratchpadBytes);
-        g.run.execute(stream, {{DNNL_ARG_SRC, memory(g.x, engine(), x_copy + r * plan.row_bytes)},
-                               {DNNL_ARG_WEIGHTS, memory(g.w, engine(), panel)},
-                               {DNNL_ARG_DST, memory(g.y, engine(), tile)},
-                               {DNNL_ARG_SCRATCHPAD, memory(g.scratchpad, engine(), scratchpad)}});
+        char* const from = x_copy + r * plan.row_bytes;
+        if (!g || m != plan.size.rows) {
+          const Key key{plan.kind, m, plan.Kp, columns};
+          g = &gemm(key);
+          KDA_CHECK(g->scratchpad.get_size() <= plan.scratchpad_bytes, "matmul: oneDNN asks for ",
+                    g->scratchpad.get_size(), " bytes of scratch, planned ", plan.scratchpad_bytes);
+          args = {{DNNL_ARG_SRC, memory(g->x, engine(), from)},
+                  {DNNL_ARG_WEIGHTS, memory(g->w, engine(), panel)},
+                  {DNNL_ARG_DST, memory(g->y, engine(), tile)},
+                  {DNNL_ARG_SCRATCHPAD, memory(g->scratchpad, engine(), scratchpad)}};
+        }
+        args[DNNL_ARG_SRC].set_data_handle(from);
+        g->run.execute(stream, args);
         stream.wait();
         store(tile, columns, std::min(m, rows - r), p.n0, p.n, p.segment->w, y + r * N, N);
       }
@@ -210,10 +224,7 @@ void multiply(Context& ctx, const Matmul& a, Kind kind) {
 }  // namespace
 
 bool cpu_has_bf16() {
-  static const bool has = [] {
-    constexpr auto bits = int(dnnl::cpu_isa::avx512_core_bf16);
-    return (int(dnnl::get_effective_cpu_isa()) & bits) == bits && can(Kind::bf16);
-  }();
+  static const bool has = has_isa(dnnl::cpu_isa::avx512_core_bf16) && can(Kind::bf16);
   return has;
 }
 

@@ -20,7 +20,7 @@ std::vector<fs::path> model_folders() {
   std::vector<fs::path> roots, out;
   if (const char* dir = std::getenv("KDA_GOLDEN_DIR")) roots.push_back(dir);
   else roots = {fs::path(KDA_SOURCE_DIR) / "../shared/golden", fs::path(KDA_SOURCE_DIR) / "tests/golden"};
-  roots.push_back(fs::path(KDA_SOURCE_DIR) / "tests/data/llama");
+  for (const char* family : {"llama", "fla"}) roots.push_back(fs::path(KDA_SOURCE_DIR) / "tests/data" / family);
   roots.push_back(shared_path("nano-teacher"));
   std::set<std::string> names;
   const auto add = [&](const fs::path& p) {

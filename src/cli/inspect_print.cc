@@ -112,7 +112,7 @@ void print_tensors(std::ostream& out, const Inspection& x) {
   for (const auto& l : lines) names = std::max(names, l.name.size()), shapes = std::max(shapes, l.shape.size());
   for (const auto& l : lines)
     out << "  " << padded(l.name, names) << "  " << padded(l.dtype, 5) << " " << padded(l.shape, shapes) << "  "
-        << l.status << (l.layers.empty() ? "" : "  layers " + ranges(l.layers)) << "\n";
+        << l.status << (l.layers.empty() ? "" : cat("  layers ", ranges(l.layers))) << "\n";
 }
 
 Json layer_json(const LayerSpec& s, size_t i) {

@@ -82,16 +82,32 @@ MappedFile::~MappedFile() {
 
 AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
   static std::atomic<unsigned> serial{0};
+  std::error_code error;
+  if (fs::is_symlink(path_, error)) path_ = fs::weakly_canonical(path_);
+  struct stat st;
+  const bool exists = ::stat(path_.c_str(), &st) == 0;
+  KDA_CHECK(!exists || !S_ISDIR(st.st_mode), path_.string(), ": is a folder, needed the name of a file to write");
+  if (exists && !S_ISREG(st.st_mode)) {
+    fd_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+    KDA_CHECK(fd_ >= 0, path_.string(), ": cannot open for writing: ", std::strerror(errno));
+    return;
+  }
   temporary_ = path_;
   temporary_ += cat(".tmp-", ::getpid(), "-", serial++);
-  fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+  fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, exists ? 0600 : 0666);
   KDA_CHECK(fd_ >= 0, path_.string(), ": cannot create ", temporary_.string(), ": ", std::strerror(errno));
+  if (exists && ::fchmod(fd_, st.st_mode & 07777) != 0) {
+    const int reason = errno;
+    ::close(fd_);
+    ::unlink(temporary_.c_str());
+    KDA_CHECK(false, path_.string(), ": cannot keep its permissions: ", std::strerror(reason));
+  }
 }
 
 AtomicFile::~AtomicFile() {
   if (fd_ < 0) return;
   ::close(fd_);
-  ::unlink(temporary_.c_str());
+  if (!temporary_.empty()) ::unlink(temporary_.c_str());
 }
 
 void AtomicFile::write(const void* data, size_t bytes) {
@@ -106,6 +122,11 @@ void AtomicFile::write(const void* data, size_t bytes) {
 }
 
 void AtomicFile::commit() {
+  if (temporary_.empty()) {
+    ::close(fd_);
+    fd_ = -1;
+    return;
+  }
   KDA_CHECK(::fsync(fd_) == 0, path_.string(), ": cannot write: ", std::strerror(errno), "; the file was left as it was");
   KDA_CHECK(::rename(temporary_.c_str(), path_.c_str()) == 0, path_.string(), ": cannot rename ", temporary_.string(),
             ": ", std::strerror(errno));

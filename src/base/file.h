@@ -37,7 +37,8 @@ class MappedFile {
 };
 
 // Writes to a neighbour `NAME.tmp-PID-N`, then commit() syncs and renames it over `path`. Without commit() (an error,
-// a full disk) the neighbour is removed and `path` is untouched.
+// a full disk) the neighbour is removed and `path` is untouched. A link is followed, an old file's permissions are kept;
+// a device or pipe is written to directly. Refuses a folder.
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path);
@@ -50,7 +51,7 @@ class AtomicFile {
   void commit();
 
  private:
-  std::filesystem::path path_, temporary_;
+  std::filesystem::path path_, temporary_;  // temporary_ is empty for a device or pipe
   int fd_ = -1;
 };
 

@@ -42,15 +42,18 @@ int usable_cores() {
 }
 }  // namespace
 
+// One word tells everything about a round: its number, whether it is open to workers, and how many are in it. The caller
+// takes tasks too and waits only for workers that came in: one that the system has not woken yet costs nothing.
 struct ThreadPool::Impl {
+  static constexpr uint32_t kInside = (1u << 13) - 1, kOpen = 1u << 13, kRound = 1u << 14;
+
   int threads = 1;
   std::vector<std::thread> workers;
-  std::atomic<uint32_t> round{0};  // rises by one per run; kStop ends the workers
-  std::atomic<uint32_t> busy{0};   // workers that have not finished this round
+  std::atomic<uint32_t> word{0};
   std::atomic<int64_t> next{0};
+  std::atomic<bool> stop{false};
   int64_t tasks = 0;
   const std::function<void(int64_t, int)>* f = nullptr;
-  bool stop = false;
   std::mutex error_mutex;
   std::exception_ptr error;
 
@@ -65,12 +68,15 @@ struct ThreadPool::Impl {
   }
 
   void loop(int worker) {
-    for (uint32_t seen = 0;;) {
-      wait_until(round, [&](uint32_t r) { return r != seen; });
-      seen = round.load(std::memory_order_acquire);
-      if (stop) return;
+    for (uint32_t seen = 0;;) {  // the round this worker was in last
+      wait_until(word, [&](uint32_t w) { return (w & kOpen && w / kRound != seen) || stop.load(std::memory_order_acquire); });
+      if (stop.load(std::memory_order_acquire)) return;
+      uint32_t w = word.load(std::memory_order_acquire);
+      if (!(w & kOpen) || w / kRound == seen || !word.compare_exchange_weak(w, w + 1, std::memory_order_acq_rel)) continue;
+      seen = w / kRound;
       work(worker);
-      if (busy.fetch_sub(1, std::memory_order_acq_rel) == 1) busy.notify_one();
+      const uint32_t before = word.fetch_sub(1, std::memory_order_acq_rel);
+      if (!(before & kOpen) && (before & kInside) == 1) word.notify_all();
     }
   }
 };
@@ -82,9 +88,9 @@ ThreadPool::ThreadPool(int threads) : impl_(std::make_unique<Impl>()) {
 }
 
 ThreadPool::~ThreadPool() {
-  impl_->stop = true;
-  impl_->round.fetch_add(1, std::memory_order_release);
-  impl_->round.notify_all();
+  impl_->stop.store(true, std::memory_order_release);
+  impl_->word.fetch_add(Impl::kRound, std::memory_order_release);
+  impl_->word.notify_all();
   for (auto& t : impl_->workers) t.join();
 }
 
@@ -101,11 +107,12 @@ void ThreadPool::run(int64_t tasks, const std::function<void(int64_t, int)>& f) 
   p.tasks = tasks;
   p.error = nullptr;
   p.next.store(0, std::memory_order_relaxed);
-  p.busy.store(uint32_t(p.workers.size()), std::memory_order_relaxed);
-  p.round.fetch_add(1, std::memory_order_release);
-  p.round.notify_all();
+  const uint32_t round = p.word.load(std::memory_order_relaxed) / Impl::kRound + 1;  // nobody is inside: see below
+  p.word.store(round * Impl::kRound | Impl::kOpen, std::memory_order_release);
+  p.word.notify_all();
   p.work(0);
-  wait_until(p.busy, [](uint32_t b) { return b == 0; });
+  p.word.fetch_and(~Impl::kOpen, std::memory_order_acq_rel);
+  wait_until(p.word, [](uint32_t w) { return (w & Impl::kInside) == 0; });
   if (p.error) std::rethrow_exception(p.error);
 }
 

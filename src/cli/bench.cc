@@ -10,6 +10,7 @@
 #include "base/memory.h"
 #include "base/rng.h"
 #include "cli/commands.h"
+#include "cli/json_input.h"
 #include "cli/options.h"
 #include "kernels/probe.h"
 #include "runtime/generate.h"
@@ -150,7 +151,7 @@ void generate_speed(const Options& o) {
                     {"share_max", percentile(shares, 1)}};
   line["resident_bytes"] = resident_bytes();
   line["peak_resident_bytes"] = peak_resident_bytes();
-  std::cout << line.dump() << '\n';
+  std::cout << json_line(line);
 }
 
 }  // namespace
@@ -161,10 +162,10 @@ void add_bench(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* c = bench->add_subcommand("generate", "prompt and decode speed, with the memory and product limits of the same run");
   add_model_options(*c, o->model);
-  c->add_option("--prompt-tokens", o->prompt_tokens, "lengths to time")->delimiter(',')->check(CLI::PositiveNumber)->capture_default_str();
-  c->add_option("--first-prompt-tokens", o->first_prompt, "prompt of the time to the first token")->check(CLI::PositiveNumber)->capture_default_str();
-  c->add_option("--decode-tokens", o->decode_tokens, "tokens a round")->check(CLI::PositiveNumber)->capture_default_str();
-  c->add_option("--rounds", o->rounds, "each with its own probes")->check(CLI::PositiveNumber)->capture_default_str();
+  c->add_option("--prompt-tokens", o->prompt_tokens, "lengths to time")->delimiter(',')->check(whole_number(1))->capture_default_str();
+  c->add_option("--first-prompt-tokens", o->first_prompt, "prompt of the time to the first token")->check(whole_number(1))->capture_default_str();
+  c->add_option("--decode-tokens", o->decode_tokens, "tokens a round")->check(whole_number(1))->capture_default_str();
+  c->add_option("--rounds", o->rounds, "each with its own probes")->check(whole_number(1))->capture_default_str();
   c->callback([o] { generate_speed(*o); });
 }
 

@@ -10,6 +10,7 @@
 #include "base/file.h"
 #include "base/progress.h"
 #include "cli/commands.h"
+#include "cli/json_input.h"
 #include "cli/options.h"
 
 namespace kda::cli {
@@ -29,6 +30,8 @@ struct Options {
   uint64_t seed = 0;
   int logprobs = -1, samples = 1;
   bool do_sample = false, greedy = false, ignore_eos = false, as_json = false, no_special = false;
+  const CLI::App* command = nullptr;
+  bool given(const char* option) const { return command->count(option) > 0; }
 };
 
 constexpr int64_t kDefaultNewTokens = 128;
@@ -55,6 +58,7 @@ SamplingParams sampling(const Options& o, const Engine& engine, std::string& not
   choose(p.no_repeat_ngram_size, o.no_repeat_ngram, o.no_repeat_ngram >= 0, d.no_repeat_ngram_size, "no_repeat_ngram_size");
   choose(p.min_new_tokens, o.min_new_tokens, o.min_new_tokens >= 0, d.min_new_tokens, "min_new_tokens");
   p.max_new_tokens = kDefaultNewTokens;
+  if (o.max_new_tokens < 0 && !d.max_new_tokens && d.max_length) notes += cat(notes.empty() ? "" : ", ", "max_length ", *d.max_length);
   choose(p.max_new_tokens, o.max_new_tokens, o.max_new_tokens >= 0, d.max_new_tokens, "max_new_tokens");
   std::optional<bool> sample = d.do_sample;
   if (o.temperature > 0 || o.do_sample) sample = true;
@@ -67,7 +71,9 @@ SamplingParams sampling(const Options& o, const Engine& engine, std::string& not
     const size_t colon = s.find(':');
     KDA_CHECK(colon != std::string::npos, "--logit-bias must be ID:BIAS, got \"", s, "\"");
     const std::string bias = s.substr(colon + 1);
-    const auto id = parse_ids(s.substr(0, colon)).at(0);
+    const std::vector<int32_t> ids = parse_ids(s.substr(0, colon), "--logit-bias");
+    KDA_CHECK(ids.size() == 1, "--logit-bias must be ID:BIAS, got \"", s, "\"");
+    const int32_t id = ids[0];
     if (bias == "false") {
       p.logit_bias[id] = -INFINITY;
     } else {
@@ -91,8 +97,8 @@ std::vector<int32_t> encode(const Engine& engine, const std::string& text, bool 
 
 std::vector<std::vector<int32_t>> prompts(const Options& o, const Engine& engine, bool continuing) {
   const bool special = !o.no_special && !continuing;
-  if (!o.ids.empty()) return {parse_ids(o.ids)};
-  if (!o.prompts_file.empty()) {
+  if (o.given("--prompt-ids")) return {parse_ids(o.ids, "--prompt-ids")};
+  if (o.given("--prompts-file")) {
     std::vector<std::vector<int32_t>> out;
     const std::string all = read_text(o.prompts_file);
     int64_t line_number = 0;
@@ -103,27 +109,20 @@ std::vector<std::vector<int32_t>> prompts(const Options& o, const Engine& engine
       ++line_number;
       if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
       const std::string where = cat(o.prompts_file, " line ", line_number);
-      json j = json::parse(line, nullptr, false);
-      KDA_CHECK(!j.is_discarded(), where, ": not JSON");
-      if (j.is_object()) j = j.contains("prompt_ids") ? j["prompt_ids"] : j.contains("prompt") ? j["prompt"] : json();
-      if (j.is_string()) {
-        out.push_back(encode(engine, j.get<std::string>(), special));
-      } else {
-        KDA_CHECK(j.is_array(), where, ": needed a string, a list of ids, or an object with `prompt` or `prompt_ids`");
-        std::vector<int32_t> ids;
-        for (const json& id : j) {
-          KDA_CHECK(id.is_number_integer() && id.get<int64_t>() >= 0 && id.get<int64_t>() <= INT32_MAX, where, ": ", id.dump(),
-                    " is no token id");
-          ids.push_back(id.get<int32_t>());
-        }
-        out.push_back(std::move(ids));
-      }
+      const json whole = parse_json(line, where);
+      const char* key = whole.is_object() && whole.contains("prompt_ids") ? "prompt_ids" : "prompt";
+      const json& j = whole.is_object() && whole.contains(key) ? whole[key] : whole;
+      KDA_CHECK(j.is_string() || j.is_array(), where, ": needed a string, a list of ids, or an object with `prompt` or `prompt_ids`");
+      out.push_back(j.is_string() ? encode(engine, j.get<std::string>(), special) : json_ids(j, where));
+      KDA_CHECK(!out.back().empty(), where, ": an empty prompt");
+      for (const int32_t id : out.back())
+        KDA_CHECK(id < engine.config().vocabulary, where, ": id ", id, " outside the model's vocabulary of ", engine.config().vocabulary);
     }
     KDA_CHECK(!out.empty(), o.prompts_file, ": no prompts");
     return out;
   }
-  if (!o.prompt.empty()) return {encode(engine, o.prompt, special)};
-  if (!o.file.empty()) return {encode(engine, read_text(o.file), special)};
+  if (o.given("--prompt")) return {encode(engine, o.prompt, special)};
+  if (o.given("--file")) return {encode(engine, read_text(o.file), special)};
   if (continuing && isatty(STDIN_FILENO)) return {{}};
   std::string text;
   if (!isatty(STDIN_FILENO)) text = read_text("-");
@@ -149,6 +148,14 @@ json to_json(const Generated& g, bool has_text, bool logprobs) {
   return j;
 }
 
+void print_logprobs(const Generated& g) {
+  for (const Sampled& s : g.sampled) {
+    std::cout << s.id << '\t' << s.logprob;
+    for (const auto& [id, logprob] : s.top) std::cout << '\t' << id << ':' << logprob;
+    std::cout << '\n';
+  }
+}
+
 double rate(int64_t tokens, double seconds) { return seconds > 0 ? double(tokens) / seconds : 0; }
 
 void run(const Options& o) {
@@ -157,15 +164,22 @@ void run(const Options& o) {
   const SamplingParams params = sampling(o, *engine, notes);
   if (!notes.empty()) std::cerr << "from generation_config.json: " << notes << '\n';
 
+  if (o.given("--save-state")) check_output(o.save_state, engine->folder());
   std::vector<Session> sessions;
-  if (!o.load_state.empty()) {
+  if (o.given("--load-state")) {
     sessions.push_back(Session::restore(*engine, o.load_state));
     std::cerr << "state of " << sessions[0].tokens().size() << " tokens read from " << o.load_state << '\n';
   }
   std::vector<GenerationRequest> requests;
-  for (auto& ids : prompts(o, *engine, !sessions.empty())) requests.push_back({std::move(ids), params, o.samples});
+  for (auto& ids : prompts(o, *engine, !sessions.empty())) {
+    requests.push_back({std::move(ids), params, o.samples});
+    // transformers' max_length counts the prompt; max_new_tokens, where given, goes before it.
+    const GenerationDefaults& d = engine->generation();
+    if (o.max_new_tokens < 0 && !d.max_new_tokens && d.max_length)
+      requests.back().params.max_new_tokens = std::max<int64_t>(0, *d.max_length - int64_t(requests.back().prompt.size()));
+  }
   KDA_CHECK(sessions.empty() || requests.size() == 1, "--load-state continues one conversation, ", requests.size(), " prompts given");
-  KDA_CHECK(o.save_state.empty() || (requests.size() == 1 && o.samples == 1), "--save-state keeps one conversation, ",
+  KDA_CHECK(!o.given("--save-state") || (requests.size() == 1 && o.samples == 1), "--save-state keeps one conversation, ",
             requests.size(), " prompts with ", o.samples, " samples each given");
 
   const bool one = requests.size() == 1 && o.samples == 1, text = engine->tokenizer() != nullptr;
@@ -195,7 +209,7 @@ void run(const Options& o) {
   if (one && !o.as_json) callbacks.on_text = [&](size_t, std::string_view piece) { std::cout << piece << std::flush; };
   GenerationTimes times;
   const auto results = generate(*engine, requests, callbacks, &sessions, &times);
-  if (!o.save_state.empty()) sessions.at(0).save(o.save_state);
+  if (o.given("--save-state")) sessions.at(0).save(o.save_state);
 
   if (o.as_json) {
     json out{{"sequences", json::array()},
@@ -207,15 +221,10 @@ void run(const Options& o) {
                {"generate_ms", times.generate_s * 1e3},
                {"generate_tok_per_s", rate(times.generated_tokens, times.generate_s)}}}};
     for (const Generated& g : results) out["sequences"].push_back(to_json(g, text, o.logprobs >= 0));
-    std::cout << out.dump(-1, ' ', false, json::error_handler_t::replace) << '\n';
+    std::cout << json_line(out);
   } else if (one) {
     std::cout << '\n';
-    for (const Sampled& s : results[0].sampled)
-      if (o.logprobs >= 0) {
-        std::cout << s.id << '\t' << s.logprob;
-        for (const auto& [id, logprob] : s.top) std::cout << '\t' << id << ':' << logprob;
-        std::cout << '\n';
-      }
+    print_logprobs(results[0]);
   } else {
     for (size_t i = 0; i < results.size(); ++i) {
       std::cout << "--- prompt " << results[i].request + 1 << ", sample " << i % size_t(o.samples) + 1 << '\n';
@@ -224,8 +233,10 @@ void run(const Options& o) {
         for (int32_t id : results[i].tokens) std::cout << id << ' ';
         std::cout << '\n';
       }
+      print_logprobs(results[i]);
     }
   }
+  std::cout.flush();  // before the line on the other stream
   std::fprintf(stderr, "prompt %lld tokens, %.1f tok/s; generated %lld tokens, %.1f tok/s%s%s\n", (long long)times.prompt_tokens,
                rate(times.prompt_tokens, times.prompt_s), (long long)times.generated_tokens,
                rate(times.generated_tokens, times.generate_s), one ? "; " : "", one ? results[0].finish_reason.c_str() : "");
@@ -245,30 +256,31 @@ void add_generate(CLI::App& app) {
                      "JSON lines, run as one batch: a string, a list of ids, or {\"prompt\": ..} or {\"prompt_ids\": ..}");
   source->require_option(0, 1);
   c->add_option("-n,--max-new-tokens", o->max_new_tokens, cat("tokens to generate at most; default ", kDefaultNewTokens))
-      ->check(CLI::NonNegativeNumber);
-  c->add_option("--min-new-tokens", o->min_new_tokens, "no stopping before this many")->check(CLI::NonNegativeNumber);
-  c->add_option("--temperature", o->temperature, "0: greedy; above 0: samples")->check(CLI::NonNegativeNumber);
-  c->add_option("--top-k", o->top_k, "keep the k likeliest; 0: off")->check(CLI::NonNegativeNumber);
-  c->add_option("--top-p", o->top_p, "keep the smallest set with this much probability")->check(CLI::Range(0.0, 1.0));
-  c->add_option("--min-p", o->min_p, "keep what has at least this share of the likeliest's probability")->check(CLI::Range(0.0, 1.0));
-  c->add_option("--typical-p", o->typical_p, "locally typical sampling")->check(CLI::Range(0.0, 1.0));
-  c->add_option("--repetition-penalty", o->repetition, "above 1 makes ids seen before less likely")->check(CLI::PositiveNumber);
+      ->check(whole_number());
+  c->add_option("--min-new-tokens", o->min_new_tokens, "no stopping before this many")->check(whole_number());
+  c->add_option("--temperature", o->temperature, "0: greedy; above 0: samples")->check(at_least(0));
+  c->add_option("--top-k", o->top_k, "keep the k likeliest; 0: off")->check(whole_number());
+  c->add_option("--top-p", o->top_p, "keep the smallest set with this much probability")->check(share());
+  c->add_option("--min-p", o->min_p, "keep what has at least this share of the likeliest's probability")->check(share());
+  c->add_option("--typical-p", o->typical_p, "locally typical sampling")->check(share());
+  c->add_option("--repetition-penalty", o->repetition, "above 1 makes ids seen before less likely")->check(above_zero());
   c->add_option("--presence-penalty", o->presence, "subtracted once for ids generated before");
   c->add_option("--frequency-penalty", o->frequency, "subtracted for each time an id was generated before");
-  c->add_option("--no-repeat-ngram-size", o->no_repeat_ngram, "never generate an n-gram twice; 0: off")->check(CLI::NonNegativeNumber);
+  c->add_option("--no-repeat-ngram-size", o->no_repeat_ngram, "never generate an n-gram twice; 0: off")->check(whole_number());
   c->add_option("--logit-bias", o->logit_bias, "ID:BIAS, or ID:false to ban; may be repeated");
   c->add_option("--stop", o->stop, "end at this string, which is left out; may be repeated");
   c->add_option("--stop-ids", o->stop_ids, "end at these ids")->delimiter(',');
   c->add_flag("--ignore-eos", o->ignore_eos, "do not end at the model's end-of-text ids");
   c->add_flag("--do-sample", o->do_sample, "sample even at the default temperature");
   c->add_flag("--greedy", o->greedy, "take the likeliest token whatever generation_config.json says");
-  c->add_option("--seed", o->seed, "of sampling")->capture_default_str();
+  c->add_option("--seed", o->seed, "of sampling")->check(whole_number())->capture_default_str();
   c->add_option("--num-samples", o->samples, "continuations of each prompt")->check(CLI::Range(1, 4096))->capture_default_str();
   c->add_option("--logprobs", o->logprobs, "log-probability of each token, and of the N likeliest")->check(CLI::Range(0, 1000));
   c->add_flag("--no-special", o->no_special, "do not put the begin-of-text token before a text prompt");
   c->add_option("--save-state", o->save_state, "write the conversation's state here afterwards");
   c->add_option("--load-state", o->load_state, "continue the conversation saved here");
   c->add_flag("--json", o->as_json, "print one JSON object");
+  o->command = c;
   c->callback([o] { run(*o); });
 }
 

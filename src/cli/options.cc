@@ -1,6 +1,7 @@
 #include "cli/options.h"
 
 #include <charconv>
+#include <cmath>
 #include <cstdlib>
 #include <iostream>
 #include <iterator>
@@ -69,7 +70,51 @@ std::string read_text(const std::string& path) {
   return {std::istreambuf_iterator<char>(std::cin), {}};
 }
 
-std::vector<int32_t> parse_ids(const std::string& text) {
+void check_output(const std::string& path, const std::filesystem::path& model) {
+  const std::filesystem::path p(path), folder = p.has_parent_path() ? p.parent_path() : std::filesystem::path(".");
+  std::error_code ignored;
+  KDA_CHECK(!std::filesystem::exists(p, ignored) || !std::filesystem::equivalent(folder, model, ignored), path,
+            ": is a file of the model, which was left as it is");
+  const AtomicFile probe{p};  // and removed again
+}
+
+namespace {
+// A number check: `fits` sees the value once the whole text is one.
+CLI::Validator number_check(const std::string& needed, std::function<bool(double)> fits) {
+  return CLI::Validator(
+      [needed, fits = std::move(fits)](std::string& text) {
+        double x = 0;
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), x);
+        const bool number = error == std::errc() && end == text.data() + text.size() && std::isfinite(x);
+        return number && fits(x) ? std::string() : "must be " + needed + ", is \"" + text + "\"";
+      },
+      "");
+}
+}  // namespace
+
+CLI::Validator whole_number(uint64_t lowest) {
+  return CLI::Validator(
+      [lowest](std::string& text) {
+        uint64_t x = 0;
+        const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), x);
+        const bool number = error == std::errc() && end == text.data() + text.size() && x <= uint64_t(INT64_MAX);
+        return number && x >= lowest ? std::string()
+                                     : cat("must be a whole number from ", lowest, " to ", INT64_MAX, ", is \"", text, "\"");
+      },
+      "");
+}
+
+CLI::Validator at_least(double lowest) {
+  return number_check(cat("a number from ", lowest), [lowest](double x) { return x >= lowest; });
+}
+CLI::Validator above_zero() {
+  return number_check("a number above 0", [](double x) { return x > 0; });
+}
+CLI::Validator share() {
+  return number_check("a number from 0 to 1", [](double x) { return x >= 0 && x <= 1; });
+}
+
+std::vector<int32_t> parse_ids(const std::string& text, const char* option) {
   std::vector<int32_t> ids;
   for (size_t at = 0; at <= text.size();) {
     const size_t comma = std::min(text.find(',', at), text.size());
@@ -78,8 +123,8 @@ std::vector<int32_t> parse_ids(const std::string& text) {
     while (to > from && text[to - 1] == ' ') --to;
     int32_t id = 0;
     const auto [end, error] = std::from_chars(text.data() + from, text.data() + to, id);
-    KDA_CHECK(from < to && error == std::errc() && end == text.data() + to, "ids must be numbers with commas between, got \"",
-              text.substr(at, comma - at), "\"");
+    KDA_CHECK(from < to && error == std::errc() && end == text.data() + to, option,
+              ": ids must be numbers with commas between, got \"", text.substr(at, comma - at), "\"");
     ids.push_back(id);
     at = comma + 1;
   }

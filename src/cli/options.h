@@ -33,7 +33,16 @@ std::unique_ptr<Engine> open_engine(const ModelOptions&);
 // A whole file, or standard input for "-".
 std::string read_text(const std::string& path);
 
-// "1,2,3" as ids. Throws Error naming what is not a number.
-std::vector<int32_t> parse_ids(const std::string&);
+// "1,2,3" as ids. Throws Error naming the option and what is not a number.
+std::vector<int32_t> parse_ids(const std::string&, const char* option);
+
+// Throws Error unless `path` can be written, before any work is done for it; refuses a file of the model itself.
+void check_output(const std::string& path, const std::filesystem::path& model);
+
+// Checks of numbers whose messages say what is needed: no NaN, no infinity, nothing that overflows.
+CLI::Validator whole_number(uint64_t lowest = 0);
+CLI::Validator at_least(double lowest);
+CLI::Validator above_zero();
+CLI::Validator share();  // [0,1]
 
 }  // namespace kda::cli

@@ -8,6 +8,7 @@
 #include "base/progress.h"
 #include "checkpoint/safetensors.h"
 #include "cli/commands.h"
+#include "cli/json_input.h"
 #include "cli/options.h"
 #include "eval/agreement.h"
 
@@ -25,20 +26,11 @@ struct Options {
 };
 
 std::vector<std::vector<int32_t>> id_lists(const std::string& path) {
-  const json all = json::parse(read_text(path), nullptr, false);
+  const json all = parse_json(read_text(path), path);
   KDA_CHECK(all.is_array(), path, ": needed a JSON list of lists of token ids");
+  if (!all.empty() && all[0].is_number()) return {json_ids(all, path)};  // one sequence, without the outer list
   std::vector<std::vector<int32_t>> out;
-  const bool single = !all.empty() && all[0].is_number();
-  for (const json& list : single ? json::array({all}) : all) {
-    KDA_CHECK(list.is_array(), path, ": sequence ", out.size(), " is no list");
-    std::vector<int32_t> ids;
-    for (const json& id : list) {
-      KDA_CHECK(id.is_number_integer() && id.get<int64_t>() >= 0 && id.get<int64_t>() <= INT32_MAX, path, ": sequence ", out.size(),
-                ", token ", ids.size(), ": ", id.dump(), " is no token id");
-      ids.push_back(id.get<int32_t>());
-    }
-    out.push_back(std::move(ids));
-  }
+  for (const json& list : all) out.push_back(json_ids(list, cat(path, ": sequence ", out.size())));
   return out;
 }
 
@@ -58,7 +50,7 @@ std::vector<std::vector<int32_t>> texts(const Options& o, const Engine& engine) 
     at = end + 1;
     ++line_number;
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-    const json j = json::parse(line, nullptr, false);
+    const json j = parse_json(line, cat(o.text_file, " line ", line_number));
     KDA_CHECK(j.is_object() && j.contains("text") && j["text"].is_string(), o.text_file, " line ", line_number,
               ": needed an object with a string `text`");
     out.push_back(engine.tokenizer()->encode(j["text"].get<std::string>(), !o.no_special));
@@ -119,10 +111,17 @@ ModelOptions other_model(const Options& o) {
 void run(const Options& o) {
   const auto engine = open_engine(o.model);
   const auto all = sequences(o, *engine);
-  int64_t total = 0;
-  for (const auto& s : all) total += int64_t(s.size());
-  KDA_CHECK(total > int64_t(all.size()), "nothing to score: needed sequences of two tokens or more, got ", total, " tokens in ",
-            all.size(), " sequences");
+  int64_t total = 0, predicted = 0;
+  for (size_t n = 0; n < all.size(); ++n) {
+    total += int64_t(all[n].size());
+    predicted += std::max<int64_t>(0, int64_t(all[n].size()) - 1);
+    for (const int32_t id : all[n])
+      KDA_CHECK(id < engine->config().vocabulary, o.ids_file.empty() ? o.text_file : o.ids_file, ": sequence ", n, ": id ", id,
+                " outside the model's vocabulary of ", engine->config().vocabulary);
+  }
+  KDA_CHECK(predicted > 0 || (!o.out.empty() && total > 0), "nothing to score: needed a sequence of two tokens or more, got ",
+            total, " tokens in ", all.size(), " sequences");
+  if (!o.out.empty()) check_output(o.out, engine->folder());
   std::unique_ptr<Engine> other;
   if (!o.compare.empty()) {
     other = open_engine(other_model(o));
@@ -189,7 +188,7 @@ void run(const Options& o) {
     if (other)
       j["compare"] = {{"with", o.compare},       {"loss", r.other_loss},          {"difference", r.loss - r.other_loss},
                       {"positions", r.positions}, {"kl", r.kl}, {"top1_agreement", r.top1}};
-    std::cout << j.dump() << '\n';
+    std::cout << json_line(j);
     return;
   }
   std::printf("%zu sequences, %lld tokens, %lld predicted\nloss        %.6f nats per token\nperplexity  %.4f\n", all.size(),
@@ -210,8 +209,8 @@ void add_score(CLI::App& app) {
   source->add_option("--ids-file", o->ids_file, "a JSON list of lists of token ids");
   source->require_option(1);
   c->add_option("--cut", o->cut, "cut sequences into pieces of this many tokens, each from an empty state; 0: whole")
-      ->check(CLI::NonNegativeNumber);
-  c->add_option("--max-tokens", o->max_tokens, "take this many tokens at most; 0: all")->check(CLI::NonNegativeNumber);
+      ->check(whole_number());
+  c->add_option("--max-tokens", o->max_tokens, "take this many tokens at most; 0: all")->check(whole_number());
   c->add_option("--compare", o->compare,
                 "score again and print the difference: `stored` weights, `int8` weights, `fast` or `exact` products, or another model folder");
   c->add_option("--out", o->out, "write logits.N [T,vocabulary] of each sequence N to this safetensors file (held in memory until then)");

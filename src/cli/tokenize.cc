@@ -7,13 +7,13 @@
 #include <fstream>
 #include <iostream>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <string_view>
 #include <vector>
 
 #include "base/error.h"
 #include "base/file.h"
 #include "cli/commands.h"
+#include "cli/json_input.h"
 #include "cli/options.h"
 #include "text/tokenizer.h"
 
@@ -51,8 +51,7 @@ std::vector<nlohmann::json> read_json_lines(const std::string& file) {
   KDA_CHECK(in.good(), file, ": cannot be opened");
   std::vector<nlohmann::json> out;
   for (std::string line; std::getline(in, line);) {
-    out.push_back(nlohmann::json::parse(line, nullptr, false));
-    KDA_CHECK(!out.back().is_discarded(), file, ": line ", out.size(), " is not JSON");
+    out.push_back(parse_json(line, cat(file, ": line ", out.size() + 1)));
   }
   return out;
 }
@@ -109,15 +108,7 @@ void tokenize(const Options& o, bool has_text) {
 
 // A JSON list, or an object with a list `tokens`.
 std::vector<int32_t> ids_of_json(const nlohmann::json& j, const std::string& where) {
-  const auto& list = member(j, "tokens");
-  KDA_CHECK(list.is_array(), where, ": needs a JSON list of ids, or an object with such a list as \"tokens\"");
-  std::vector<int32_t> ids;
-  for (const auto& e : list) {
-    KDA_CHECK(e.is_number_integer() && e >= 0 && e <= INT32_MAX, where, ": ", e.dump(), " at place ", ids.size(),
-              " is not an id");
-    ids.push_back(e.get<int32_t>());
-  }
-  return ids;
+  return json_ids(member(j, "tokens"), where);
 }
 
 // JSON, or numbers between commas and white space.
@@ -125,7 +116,7 @@ std::vector<int32_t> ids_of_text(const std::string& s, const std::string& where)
   std::vector<int32_t> ids;
   const size_t first = s.find_first_not_of(" \t\r\n");
   if (first != std::string::npos && (s[first] == '[' || s[first] == '{'))
-    return ids_of_json(nlohmann::json::parse(s, nullptr, false), where);
+    return ids_of_json(parse_json(s, where), where);
   for (size_t i = 0; i < s.size();) {
     if (std::string_view(" \t\r\n,").find(s[i]) != std::string_view::npos) {
       ++i;
@@ -157,14 +148,14 @@ void detokenize(const Options& o, bool has_ids) {
     std::string out;
     for (const auto& j : read_json_lines(o.jsonl)) {
       const std::string where = cat(o.jsonl, ": line ", ++line);
-      out += nlohmann::json{{"text", decode(tokenizer, ids_of_json(j, where), where, o.skip_special)}}.dump() + "\n";
+      out += json_line({{"text", decode(tokenizer, ids_of_json(j, where), where, o.skip_special)}});
     }
     return write(out);
   }
   const std::string where = has_ids ? "--ids" : o.file.empty() ? "standard input" : o.file;
   const auto ids = ids_of_text(has_ids ? o.ids : read_text(o.file.empty() ? "-" : o.file), where);
   const std::string text = decode(tokenizer, ids, where, o.skip_special);
-  write(o.json ? nlohmann::json{{"text", text}}.dump() + "\n" : text);
+  write(o.json ? json_line({{"text", text}}) : text);
 }
 
 CLI::App* add(CLI::App& app, const char* name, const char* what, const std::shared_ptr<Options>& o) {

@@ -12,7 +12,7 @@ constexpr int64_t kLogitRows = 512;
 }  // namespace
 
 Engine::Engine(const std::filesystem::path& folder, EngineOptions options)
-    : options_(std::move(options)), pool_(options_.threads) {
+    : folder_(folder), options_(std::move(options)), pool_(options_.threads) {
   KDA_CHECK(options_.block_tokens >= 1, "block_tokens must be at least 1, got ", options_.block_tokens);
   ctx_.backend = &cpu_backend();
   ctx_.pool = &pool_;
@@ -31,13 +31,16 @@ Engine::Engine(const std::filesystem::path& folder, EngineOptions options)
 
 Engine::~Engine() = default;
 
-int32_t Engine::take_slot() {
+void Engine::reserve_sessions(int64_t count) {
   if (!states_) states_ = std::make_unique<StatePool>(ctx_, config(), 0);
-  if (free_slots_.empty()) {
-    const int64_t had = states_->slots();
-    states_->reserve(ctx_, had + 1, 0);
-    for (int64_t s = states_->slots(); s-- > had;) free_slots_.push_back(int32_t(s));
-  }
+  const int64_t had = states_->slots();
+  states_->reserve(ctx_, count, 0);
+  for (int64_t s = states_->slots(); s-- > had;) free_slots_.push_back(int32_t(s));
+}
+
+int32_t Engine::take_slot() {
+  // Half as many again, so that a state is moved a few times only however many sessions come.
+  if (free_slots_.empty()) reserve_sessions(states_ ? states_->slots() + std::max<int64_t>(1, states_->slots() / 2) : 1);
   const int32_t slot = free_slots_.back();
   free_slots_.pop_back();
   return slot;
@@ -74,7 +77,7 @@ void Engine::prefill(std::span<const Prompt> prompts, const std::function<void(i
   for (const Prompt& p : prompts) {
     check_ids(p.ids);
     KDA_CHECK(!p.ids.empty() || !p.session->tokens().empty(),
-              "an empty prompt: the model needs at least one token (this model has no begin-of-text token to start from)");
+              "an empty prompt: the model needs at least one token to start from");
     total += int64_t(p.ids.size());
     longest = std::max(longest, int64_t(p.session->tokens().size() + p.ids.size()));
   }

@@ -42,6 +42,7 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
+  const std::filesystem::path& folder() const { return folder_; }
   const ModelConfig& config() const { return model_->config(); }
   const Weights& weights() const { return model_->weights(); }
   const GenerationDefaults& generation() const { return generation_; }
@@ -51,6 +52,9 @@ class Engine {
   ThreadPool& threads() { return pool_; }
   const EngineOptions& options() const { return options_; }
   int64_t state_bytes() const { return states_ ? states_->bytes() : 0; }
+
+  // Makes room for this many sessions at once; without it room is made as they come, moving those that are there.
+  void reserve_sessions(int64_t count);
 
   // Runs prompt tokens, packed together in blocks; leaves each session's next-token logits.
   // progress(done, total) is called after each block.
@@ -74,6 +78,7 @@ class Engine {
   void choose(std::span<const int32_t> rows, std::span<Session* const>);
   void check_ids(std::span<const int32_t>) const;
 
+  std::filesystem::path folder_;
   EngineOptions options_;
   ThreadPool pool_;
   Context ctx_;

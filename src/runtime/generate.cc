@@ -53,6 +53,7 @@ std::vector<Generated> generate(Engine& engine, const std::vector<GenerationRequ
     prompts.push_back({&first[i], requests[i].prompt});
     t.prompt_tokens += int64_t(requests[i].prompt.size());
   }
+  engine.reserve_sessions(int64_t(count));
   engine.prefill(prompts, callbacks.on_prompt);
   all.clear();
   all.reserve(count);

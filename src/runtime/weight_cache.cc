@@ -23,7 +23,13 @@ void give_back(const Tensor& t) {
 }
 
 bool take_from(const std::filesystem::path& path, const std::string& fingerprint, Weights& weights) {
-  const SafetensorsFile file(path);
+  const SafetensorsFile file = [&] {
+    try {
+      return SafetensorsFile(path);
+    } catch (const Error& e) {
+      throw Error(cat("the int8 weight cache cannot be read (delete it to have it made again): ", e.what()));
+    }
+  }();
   const auto is = [&](const char* key, const std::string& value) {
     const auto it = file.metadata().find(key);
     return it != file.metadata().end() && it->second == value;

@@ -1,6 +1,7 @@
 #include "base/file.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 #include <sys/stat.h>
 
 #include <cstring>
@@ -88,6 +89,28 @@ TEST(AtomicFile, TwoWritersDoNotMix) {
 TEST(AtomicFile, NeedsAFolder) {
   TempFolder folder;
   EXPECT_THROW(AtomicFile(folder / "none/x"), Error);
+}
+
+TEST(AtomicFile, FollowsLinksKeepsPermissionsWritesToDevices) {
+  namespace fs = std::filesystem;
+  const fs::path folder = fs::path(testing::TempDir()) / cat("kda_atomic_", ::getpid());
+  fs::create_directories(folder);
+  const auto write = [](const fs::path& p, std::string_view text) {
+    AtomicFile f(p);
+    f.write(text);
+    f.commit();
+  };
+  write(folder / "real", "old");
+  fs::permissions(folder / "real", fs::perms::owner_read | fs::perms::owner_write);
+  fs::create_symlink("real", folder / "link");
+  write(folder / "link", "new");
+  EXPECT_TRUE(fs::is_symlink(folder / "link"));
+  EXPECT_EQ(read_file(folder / "real"), "new");
+  EXPECT_EQ(fs::status(folder / "real").permissions(), fs::perms::owner_read | fs::perms::owner_write);
+  write("/dev/null", "gone");
+  EXPECT_TRUE(fs::is_character_file("/dev/null"));
+  EXPECT_THROW(AtomicFile{folder}, Error);
+  fs::remove_all(folder);
 }
 
 }  // namespace

@@ -131,6 +131,9 @@ TEST_F(Program, ScoresAndKeepsWhatItComputed) {
   double worst = 0;
   for (size_t i = 0; i < got.size(); ++i) worst = std::max(worst, std::abs(got[i] - want[got.size() + i]));
   EXPECT_LT(worst, 1e-3);
+  // Sequences too short to predict anything are no reason to refuse the others, nor to keep their logits.
+  EXPECT_EQ(run_kda("score --ids-file " + file("short.json", "[[1,2],[],[3]]") + " -m " + kda_model.string()).status, 0);
+  EXPECT_EQ(run_kda("score --out " + out + " --ids-file " + file("one.json", "[[5]]") + " -m " + kda_model.string()).status, 0);
   const json compared = json::parse(run_kda("score --json --compare int8 --ids-file " + in + " -m " + kda_model.string()).out);
   EXPECT_NEAR(compared["compare"]["difference"].get<double>(), 0, 0.2);
   EXPECT_GT(compared["compare"]["kl"].get<double>(), 0);
@@ -170,6 +173,18 @@ TEST_F(Program, BadInputIsAnErrorThatSaysWhat) {
   fails("score --ids-file " + file("ids.json", "[[1,2],[3,\"a\"]]") + m, "sequence 1");
   fails("score --ids-file " + file("one.json", "[[1]]") + m, "nothing to score");
   fails("score --ids-file " + file("ok.json", "[[1,2]]") + " --hidden" + m, "--out");
+  const std::string deep = file("deep.json", std::string(200000, '[') + std::string(200000, ']'));
+  fails("generate --prompts-file " + deep + m, "nested deeper");
+  fails("score --ids-file " + deep + m, "nested deeper");
+  fails("generate --prompts-file " + file("empty.jsonl", "[1]\n[]\n") + m, "line 2");
+  fails("generate --prompts-file " + file("outside.jsonl", "[1]\n[1,99999]\n") + m, "line 2");
+  fails("generate --prompt-ids 1 --temperature nan" + m, "temperature");
+  fails("generate --prompt-ids 1 -n 99999999999999999999" + m, "max-new-tokens");
+  fails("generate --prompt-ids 1 --logit-bias 1,2:5" + m, "logit-bias");
+  fails("generate --prompt-ids 1 --prompt-ids ''" + m, "prompt-ids");
+  fails("generate --prompt-ids 1 --save-state " + folder.string() + m, "folder");
+  fails("generate --prompt-ids 1 --save-state " + (copy_model() / "config.json").string() + " -m " + copy_model().string(),
+        "file of the model");
   fails("generate --prompt-ids 1 --save-state /nonexistent-folder/s" + m, "nonexistent-folder");
 }
 

@@ -73,7 +73,7 @@ std::string read_text(const std::string& path) {
 void check_output(const std::string& path, const std::filesystem::path& model) {
   const std::filesystem::path p(path), folder = p.has_parent_path() ? p.parent_path() : std::filesystem::path(".");
   std::error_code ignored;
-  KDA_CHECK(!std::filesystem::exists(p, ignored) || !std::filesystem::equivalent(folder, model, ignored), path,
+  KDA_CHECK(!path_exists(p) || !std::filesystem::equivalent(folder, model, ignored), path,
             ": is a file of the model, which was left as it is");
   const AtomicFile probe{p};  // and removed again
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/file.h"
 #include "runtime/weight_cache.h"
 
 namespace kda {
@@ -21,7 +22,7 @@ Engine::Engine(const std::filesystem::path& folder, EngineOptions options)
   generation_ = checkpoint.generation;
   warnings_ = checkpoint.warnings;
   fingerprint_ = checkpoint.fingerprint;
-  if (std::filesystem::exists(folder / "tokenizer.json"))
+  if (path_exists(folder / "tokenizer.json"))
     tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(folder / "tokenizer.json"));
   Weights weights = arrange_weights(checkpoint);
   if (options_.weights == WeightKind::int8)

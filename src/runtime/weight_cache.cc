@@ -6,6 +6,7 @@
 #include <map>
 
 #include "base/error.h"
+#include "base/file.h"
 #include "checkpoint/safetensors.h"
 #include "kernels/quantize.h"
 
@@ -54,7 +55,7 @@ void make_int8(Context& ctx, Weights& weights, const std::string& fingerprint, c
   const auto say = [&](const std::string& line) {
     if (report) report(line);
   };
-  if (!cache.empty() && std::filesystem::exists(cache)) {
+  if (!cache.empty() && path_exists(cache)) {
     if (take_from(cache, fingerprint, weights)) return;
     say(cat(cache.string(), " belongs to another checkpoint: making the int8 weights again"));
   }

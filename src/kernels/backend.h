@@ -48,6 +48,24 @@ struct KdaPrep;
 struct KdaForward;
 struct KdaOutput;
 struct KdaDecode;
+struct MatmulDx;
+struct MatmulDw;
+struct RmsNormBackward;
+struct AddBiasBackward;
+struct Relu2Backward;
+struct SwiGluBackward;
+struct EmbeddingBackward;
+struct AttentionTrain;
+struct AttentionBackward;
+struct AdamW;
+struct SumSquares;
+struct ConvBackward;
+struct KdaForwardKeep;
+struct KdaBackward;
+struct KdaPrepBackward;
+struct KdaOutputBackward;
+struct LogitsLoss;
+struct HiddenLoss;
 
 struct Backend {
   const char* name;
@@ -68,6 +86,26 @@ struct Backend {
   void (*kda_forward)(Context&, const KdaForward&);
   void (*kda_output)(Context&, const KdaOutput&);
   void (*kda_decode)(Context&, const KdaDecode&);
+  // training
+  void (*matmul_dx)(Context&, const MatmulDx&);
+  void (*matmul_dw)(Context&, const MatmulDw&);
+  void (*rms_norm_backward)(Context&, const RmsNormBackward&);
+  void (*add_bias_backward)(Context&, const AddBiasBackward&);
+  void (*relu2_backward)(Context&, const Relu2Backward&);
+  void (*swiglu_backward)(Context&, const SwiGluBackward&);
+  void (*embedding_backward)(Context&, const EmbeddingBackward&);
+  void (*rope_backward)(Context&, const Rope&);
+  void (*attention_train)(Context&, const AttentionTrain&);
+  void (*attention_backward)(Context&, const AttentionBackward&);
+  void (*adamw)(Context&, const AdamW&);
+  void (*sum_squares)(Context&, const SumSquares&);
+  void (*conv_silu_backward)(Context&, const ConvBackward&);
+  void (*kda_forward_keep)(Context&, const KdaForwardKeep&);
+  void (*kda_backward)(Context&, const KdaBackward&);
+  void (*kda_prep_backward)(Context&, const KdaPrepBackward&);
+  void (*kda_output_backward)(Context&, const KdaOutputBackward&);
+  void (*logits_loss)(Context&, const LogitsLoss&);
+  void (*hidden_loss)(Context&, const HiddenLoss&);
 };
 
 // What an op runs on. The workspace is scratch for one op at a time, sized beforehand with X_workspace_bytes.

@@ -77,6 +77,50 @@ Weights arrange_weights(const Checkpoint& c) {
   return w;
 }
 
+void each_parameter(Weights& w, const std::function<void(const std::string&, Tensor&)>& f) {
+  f("model.embed_tokens.weight", w.embedding);
+  for (size_t l = 0; l < w.layers.size(); ++l) {
+    LayerWeights& layer = w.layers[l];
+    const LayerSpec& s = layer.spec;
+    const auto vector = [&](const char* part, Tensor& t) { f(layer_name(l, part), t); };
+    const auto linear = [&](const std::string& part, Linear& m, bool bias = false) {
+      f(layer_name(l, (part + ".weight").c_str()), m.w);
+      if (bias) f(layer_name(l, (part + ".bias").c_str()), m.bias);
+    };
+    vector("input_layernorm.weight", layer.mixer_norm);
+    if (s.mixer == Mixer::full) {
+      linear("self_attn.q_proj", layer.full.q, s.qkv_bias);
+      linear("self_attn.k_proj", layer.full.k, s.qkv_bias);
+      linear("self_attn.v_proj", layer.full.v, s.qkv_bias);
+      linear("self_attn.o_proj", layer.full.o, s.o_bias);
+    } else {
+      KdaWeights& k = layer.kda;
+      linear("self_attn.q_proj", k.q);
+      linear("self_attn.k_proj", k.k);
+      linear("self_attn.v_proj", k.v);
+      vector("self_attn.q_conv1d.weight", k.q_conv);
+      vector("self_attn.k_conv1d.weight", k.k_conv);
+      vector("self_attn.v_conv1d.weight", k.v_conv);
+      linear("self_attn.f_proj.0", k.f0);
+      linear("self_attn.f_proj.1", k.f1);
+      linear("self_attn.b_proj", k.b);
+      linear("self_attn.g_proj.0", k.g0);
+      linear("self_attn.g_proj.1", k.g1);
+      vector("self_attn.g_proj.1.bias", k.g_bias);
+      vector("self_attn.A_log", k.A_log);
+      vector("self_attn.dt_bias", k.dt_bias);
+      vector("self_attn.o_norm.weight", k.o_norm);
+      linear("self_attn.o_proj", k.o);
+    }
+    vector("post_attention_layernorm.weight", layer.mlp_norm);
+    if (w.config.activation == Activation::swiglu) linear("mlp.gate_proj", layer.mlp.gate, s.mlp_bias);
+    linear("mlp.up_proj", layer.mlp.up, s.mlp_bias);
+    linear("mlp.down_proj", layer.mlp.down, s.mlp_bias);
+  }
+  f("model.norm.weight", w.final_norm);
+  if (!w.config.tied_head) f("lm_head.weight", w.head.w);
+}
+
 namespace {
 
 template <class F>

@@ -1,5 +1,7 @@
 // model/weights.h — a model's weights arranged by layer, as the forward pass takes them.
 #pragma once
+#include <functional>
+#include <string>
 #include <vector>
 
 #include "base/tensor.h"
@@ -56,6 +58,10 @@ struct Weights {
 
 // Matrices stay where they lie (mapped); small vectors become f32 copies.
 Weights arrange_weights(const Checkpoint&);
+
+// Every tensor of the model's table by canonical name, in the table's order, for reading or replacing it (a tied head is
+// visited once, as the embedding: whoever replaces that must also set head.w). Empty tensors are visited too.
+void each_parameter(Weights&, const std::function<void(const std::string& name, Tensor&)>&);
 
 // The matrices that --weights int8 turns into int8: q, k, v, o, the MLP's and the head. Gates and decays (f, g, b)
 // stay as stored: they are 2 % of the bytes, and an error there is multiplied along the sequence.

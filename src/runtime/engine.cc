@@ -8,16 +8,20 @@
 namespace kda {
 
 namespace {
-// Logits of this many rows at a time when scoring: enough to pay for packing the head, 262 MB at a vocabulary of 128,004.
+// Logits of this many rows at a time when scoring: enough to pay for packing the head, 262 MB at a vocabulary of
+// 128,004.
 constexpr int64_t kLogitRows = 512;
 }  // namespace
 
-Engine::Engine(const std::filesystem::path& folder, EngineOptions options)
-    : folder_(folder), options_(std::move(options)), pool_(options_.threads) {
+Engine::Engine(EngineOptions options) : options_(std::move(options)), pool_(options_.threads) {
   KDA_CHECK(options_.block_tokens >= 1, "block_tokens must be at least 1, got ", options_.block_tokens);
   ctx_.backend = &cpu_backend();
   ctx_.pool = &pool_;
   ctx_.precision = options_.precision;
+}
+
+Engine::Engine(const std::filesystem::path& folder, EngineOptions options) : Engine(std::move(options)) {
+  folder_ = folder;
   Checkpoint checkpoint = load_checkpoint(folder);
   generation_ = checkpoint.generation;
   warnings_ = checkpoint.warnings;
@@ -27,6 +31,16 @@ Engine::Engine(const std::filesystem::path& folder, EngineOptions options)
   Weights weights = arrange_weights(checkpoint);
   if (options_.weights == WeightKind::int8)
     make_int8(ctx_, weights, fingerprint_, options_.weight_cache, options_.report);
+  model_ = std::make_unique<Transformer>(std::move(weights));
+}
+
+Engine::Engine(Weights weights, const Tokenizer* tokenizer, GenerationDefaults generation, EngineOptions options)
+    : Engine(std::move(options)) {
+  // make_int8 hands the pages it has read back to the kernel: right for a mapped file, not for memory of others.
+  KDA_CHECK(options_.weights == WeightKind::stored && options_.weight_cache.empty(),
+            "int8 weights are made when a model folder is loaded; this model is in memory");
+  generation_ = std::move(generation);
+  if (tokenizer) tokenizer_ = std::make_unique<Tokenizer>(*tokenizer);
   model_ = std::make_unique<Transformer>(std::move(weights));
 }
 
@@ -41,7 +55,8 @@ void Engine::reserve_sessions(int64_t count) {
 
 int32_t Engine::take_slot() {
   // Half as many again, so that a state is moved a few times only however many sessions come.
-  if (free_slots_.empty()) reserve_sessions(states_ ? states_->slots() + std::max<int64_t>(1, states_->slots() / 2) : 1);
+  if (free_slots_.empty())
+    reserve_sessions(states_ ? states_->slots() + std::max<int64_t>(1, states_->slots() / 2) : 1);
   const int32_t slot = free_slots_.back();
   free_slots_.pop_back();
   return slot;
@@ -104,8 +119,10 @@ void Engine::prefill(std::span<const Prompt> prompts, const std::function<void(i
       past.push_back(int32_t(p.session->processed_));
       who.push_back(i);
       done[i] += take;
-      if (done[i] == int64_t(p.ids.size())) last_row.push_back(int32_t(ids.size()) - 1);
-      else last_row.push_back(-1);
+      if (done[i] == int64_t(p.ids.size()))
+        last_row.push_back(int32_t(ids.size()) - 1);
+      else
+        last_row.push_back(-1);
     }
     if (who.empty()) break;
     model_->prefill(ctx_, buffers_, *states_, {ids, start, slot_in, slot_out, past});

@@ -1,5 +1,5 @@
-// runtime/engine.h — a loaded model and the forward passes of its sessions, alone or many at a time. What a session gets
-// does not depend on which others run beside it.
+// runtime/engine.h — a loaded model and the forward passes of its sessions, alone or many at a time. What a session
+// gets does not depend on which others run beside it.
 //
 // Not thread-safe: one caller at a time.
 #pragma once
@@ -22,10 +22,10 @@ enum class WeightKind { stored, int8 };
 
 struct EngineOptions {
   Precision precision = Precision::fast;
-  int threads = 0;                      // 0: one per core
+  int threads = 0;  // 0: one per core
   WeightKind weights = WeightKind::stored;
-  std::filesystem::path weight_cache;   // int8 only: read from here when it fits the checkpoint, else written here
-  int64_t block_tokens = 2048;          // prompt tokens in one pass: bounds memory, changes results by rounding only
+  std::filesystem::path weight_cache;  // int8 only: read from here when it fits the checkpoint, else written here
+  int64_t block_tokens = 2048;         // prompt tokens in one pass: bounds memory, changes results by rounding only
   std::function<void(const std::string&)> report;  // lines about slow parts of loading
 };
 
@@ -38,6 +38,10 @@ class Engine {
  public:
   // Loads a checkpoint folder. Throws Error.
   explicit Engine(const std::filesystem::path& folder, EngineOptions = {});
+  // A model that is in memory already, such as one in training: its tensors are shared, never copied, and may change
+  // between calls, after which only new sessions make sense. tokenizer: copied (its tables are shared), or null.
+  // folder() and fingerprint() are empty, so its sessions cannot be saved. Throws Error for int8 weights.
+  Engine(Weights, const Tokenizer* tokenizer, GenerationDefaults, EngineOptions = {});
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -63,14 +67,15 @@ class Engine {
   void decode(std::span<Session* const>);
 
   // Runs known text and hands out the logits of every position, `rows` at a time: row r is what follows token
-  // first + r of `ids`. hidden, if given, receives the residual stream [rows,D] of every layer of a block of tokens: layer 0 is the
-  // embedding, layer L follows layer L, before the final norm.
+  // first + r of `ids`. hidden, if given, receives the residual stream [rows,D] of every layer of a block of tokens:
+  // layer 0 is the embedding, layer L follows layer L, before the final norm.
   using OnLogits = std::function<void(int64_t first, ConstView logits)>;
   using OnHidden = std::function<void(int64_t first, int64_t layer, ConstView rows)>;
   void score(Session&, std::span<const int32_t> ids, const OnLogits&, const OnHidden& hidden = {});
 
  private:
   friend class Session;
+  explicit Engine(EngineOptions);  // without a model yet
   int32_t take_slot();
   void free_slot(int32_t);
   void ready(int64_t rows, int64_t tokens);

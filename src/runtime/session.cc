@@ -92,6 +92,8 @@ std::vector<float> Session::kda_state(int64_t layer) const {
 }
 
 void Session::save(const std::filesystem::path& path) const {
+  KDA_CHECK(!engine_->fingerprint().empty(), path.string(),
+            ": a session is saved with its model's fingerprint, and a model in memory has none");
   std::map<std::string, ConstView> tensors;
   std::vector<Tensor> kept;  // host copies
   const auto add = [&](const std::string& name, View from) {
@@ -124,13 +126,15 @@ void Session::save(const std::filesystem::path& path) const {
 }
 
 Session Session::restore(Engine& engine, const std::filesystem::path& path) {
+  KDA_CHECK(!engine.fingerprint().empty(), path.string(),
+            ": a saved session belongs to a model folder, and this model is in memory alone");
   const SafetensorsFile file(path);
   const auto text = [&](const char* key) {
     const auto it = file.metadata().find(key);
     return it == file.metadata().end() ? std::string("nothing") : it->second;
   };
-  KDA_CHECK(text("format") == kFormat, path.string(), ": not a saved session of this version: format must be \"", kFormat,
-            "\", is \"", text("format"), "\"");
+  KDA_CHECK(text("format") == kFormat, path.string(), ": not a saved session of this version: format must be \"",
+            kFormat, "\", is \"", text("format"), "\"");
   KDA_CHECK(text("fingerprint") == engine.fingerprint(), path.string(),
             ": the session of another model: its fingerprint is ", text("fingerprint"), ", this model's is ",
             engine.fingerprint());
@@ -142,8 +146,8 @@ Session Session::restore(Engine& engine, const std::filesystem::path& path) {
     return s;
   }
   const Tensor tokens = file.tensor("tokens");
-  KDA_CHECK(tokens.dtype() == Dtype::i32 && tokens.shape().rank == 1, path.string(), ": `tokens` must be i32 [tokens], is ",
-            name_of(tokens.dtype()), " ", tokens.shape());
+  KDA_CHECK(tokens.dtype() == Dtype::i32 && tokens.shape().rank == 1, path.string(),
+            ": `tokens` must be i32 [tokens], is ", name_of(tokens.dtype()), " ", tokens.shape());
   const int64_t n = tokens.shape()[0];
   KDA_CHECK(n >= 1 && (s.processed_ == n || s.processed_ == n - 1) && s.processed_ >= 1 && s.prompt_length_ <= n,
             path.string(), ": ", n, " tokens, of which ", s.processed_, " processed and ", s.prompt_length_, " given");
@@ -151,7 +155,8 @@ Session Session::restore(Engine& engine, const std::filesystem::path& path) {
   engine.check_ids({ids, size_t(n)});
   s.tokens_.assign(ids, ids + n);
   size_t used = 1;
-  KDA_CHECK(file.has("logits") == !s.pending(), path.string(), ": `logits` must be there exactly when every token was processed");
+  KDA_CHECK(file.has("logits") == !s.pending(), path.string(),
+            ": `logits` must be there exactly when every token was processed");
   if (!s.pending()) {
     const Tensor logits = take(file, "logits", Dtype::f32, {engine.config().vocabulary});
     const float* p = logits.v.as<float>();
@@ -163,7 +168,9 @@ Session Session::restore(Engine& engine, const std::filesystem::path& path) {
   std::vector<std::vector<Tensor>> parts;
   for (size_t l = 0; l < layers.size(); ++l) {
     const LayerSpec& z = layers[l];
-    const auto part = [&](const char* name, const Shape& shape) { return take(file, layer_tensor(l, name), Dtype::f32, shape); };
+    const auto part = [&](const char* name, const Shape& shape) {
+      return take(file, layer_tensor(l, name), Dtype::f32, shape);
+    };
     if (z.mixer == Mixer::kda) {
       const int64_t H = z.kda_heads;
       parts.push_back({part("S", {H, z.V, z.K}), part("window", {3, 2 * H * z.K + H * z.V})});
@@ -181,7 +188,8 @@ Session Session::restore(Engine& engine, const std::filesystem::path& path) {
     const LayerState& state = engine.states_->layer(l);
     const Tensor* pools[] = {state.S ? &state.S : &state.k, state.S ? &state.window : &state.v};
     for (size_t i = 0; i < 2; ++i)
-      engine.ctx_.backend->copy(engine.ctx_, StatePool::slot(*pools[i], s.slot_).data, parts[l][i].v.data, parts[l][i].v.bytes());
+      engine.ctx_.backend->copy(engine.ctx_, StatePool::slot(*pools[i], s.slot_).data, parts[l][i].v.data,
+                                parts[l][i].v.bytes());
   }
   return s;
 }

@@ -120,7 +120,8 @@ void generate_speed(const Options& o) {
   }
 
   // A pass over DRAM before and after every step: the machine's speed drifts faster than a round lasts.
-  const int64_t bytes = w.decode_bytes();
+  const int64_t weight_bytes = w.decode_bytes(), state_bytes = engine->config().state_bytes();
+  const int64_t bytes = weight_bytes + state_bytes;  // read for a token; what is written back is not counted
   std::vector<double> ms, probes, shares;
   DramProbe dram(engine->threads());
   for (int64_t round = 0; round < o.rounds; ++round) {
@@ -146,7 +147,8 @@ void generate_speed(const Options& o) {
                     {"ms_p50", percentile(ms, .5)},
                     {"ms_p90", percentile(ms, .9)},
                     {"tok_per_s", 1e3 / percentile(ms, .5)},
-                    {"weight_bytes", bytes},
+                    {"weight_bytes", weight_bytes},
+                    {"state_bytes", state_bytes},
                     {"limit", "DRAM read"},
                     {"limit_bytes_per_s", percentile(probes, .5)},
                     {"share", percentile(shares, .5)},

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "runtime/stop.h"
+#include "text/utf8.h"
 
 namespace kda {
 
@@ -41,6 +42,10 @@ std::vector<Generated> generate(Engine& engine, const std::vector<GenerationRequ
     validate(r.params, engine.config().vocabulary);
     KDA_CHECK(r.samples >= 1, "generate: samples must be at least 1, got ", r.samples);
     KDA_CHECK(r.params.stop.empty() || engine.tokenizer(), "stop strings need a tokenizer, and this model folder has none");
+    for (const std::string& stop : r.params.stop) {
+      const size_t at = text::utf8_invalid_at(stop);
+      KDA_CHECK(at == std::string::npos, "a stop string must be UTF-8, and could never match otherwise; byte ", at, " is not");
+    }
     count += size_t(r.samples);
   }
   GenerationTimes t;

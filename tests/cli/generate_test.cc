@@ -229,5 +229,20 @@ TEST_F(Program, AFullDiskLeavesNoHalfWrittenState) {
   for (const auto& e : fs::directory_iterator(folder)) EXPECT_EQ(e.path().string().find(".tmp-"), std::string::npos) << e.path();
 }
 
+TEST(ProgramWords, AnUnknownCommandIsNamedAndAFullOutputShows) {
+  const Ran r = run_kda("genrate -m x");
+  EXPECT_EQ(r.status, 1);
+  EXPECT_NE(r.err.find("'genrate'"), std::string::npos) << r.err;
+  EXPECT_NE(r.err.find("generate"), std::string::npos) << r.err;
+  EXPECT_EQ(run_kda("--help >/dev/full").status, 1);
+  EXPECT_EQ(run_kda("--help").status, 0);
+}
+
+TEST_F(Program, AStopStringThatIsNotUtf8IsRefused) {
+  const Ran r = run_kda("generate -n 2 -p hello --stop $(printf 'ab\\377') -m " + nano);
+  EXPECT_EQ(r.status, 1);
+  EXPECT_NE(r.err.find("UTF-8"), std::string::npos) << r.err;
+}
+
 }  // namespace
 }  // namespace kda::test

@@ -1,0 +1,76 @@
+// train/data.h — batches of training text, packed without padding, in an order fixed by a seed; and held-out batches.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "train/batch.h"
+#include "train/rows.h"
+
+namespace kda {
+
+// Where reading stands in one data set. All integers: saved and restored exactly.
+struct DataCursor {
+  int64_t epoch = 0;     // how often it was read to its end
+  int64_t position = 0;  // pieces of this epoch's order that are used up
+  int64_t offset = 0;    // tokens of the piece at `position` that are used up
+  int64_t tokens = 0;    // given in all
+
+  bool operator==(const DataCursor&) const = default;
+};
+
+// A data set in a mixture.
+struct DataPart {
+  std::shared_ptr<const Rows> rows;
+  double weight = 0;  // share of the tokens; 0 in all parts: as many as they hold
+};
+
+struct DataSizes {
+  int64_t sequence_length = 0;  // rows are cut into pieces of at most so many tokens
+  int64_t batch_tokens = 0;     // exactly so many in each batch
+  int32_t vocabulary = 0;       // ids must be below it
+};
+
+// Endless. Pieces come in an order drawn anew for each epoch; one that does not fit a batch any more is cut there and
+// goes on in the next batch as a sequence of its own. The next piece comes from the data set that is furthest behind
+// its share of the tokens. Nothing depends on the number of threads.
+class TrainData {
+ public:
+  // Throws Error for a data set without tokens, a weight below 0, weights for some parts only.
+  TrainData(std::vector<DataPart>, const DataSizes&, uint64_t seed);
+
+  // TrainBatch::rows count through the rows of all parts as they are stored: Rows::source_row.
+  void next(TrainBatch&);
+
+  int64_t tokens() const { return tokens_; }  // of all parts, once
+  const std::vector<DataCursor>& cursor() const { return cursor_; }
+  // Throws Error for a cursor that lies outside of the data.
+  void seek(const std::vector<DataCursor>&);
+  // Another length and batch from here on. Where the length changes, so do the pieces: each data set then begins a new
+  // epoch.
+  static std::vector<DataCursor> carry_over(std::vector<DataCursor>, bool same_length);
+
+ private:
+  struct Part {
+    std::shared_ptr<const Rows> rows;
+    double weight;
+    int64_t first_row;                 // of this part, counted through all as they are stored
+    std::vector<int64_t> first_piece;  // [rows + 1]
+    int64_t pieces() const { return first_piece.back(); }
+  };
+  size_t furthest_behind() const;
+
+  std::vector<Part> parts_;
+  DataSizes sizes_;
+  uint64_t seed_;
+  int64_t tokens_ = 0;
+  std::vector<DataCursor> cursor_;
+};
+
+// Batches of at most max_tokens in the rows' order, until `most` tokens are reached (0: all of them). A row gives
+// pieces of at most sequence_length, or with only_first its first; pieces are never cut further, so batches may be
+// smaller.
+std::vector<TrainBatch> held_out_batches(const Rows&, const DataSizes&, int64_t most, bool only_first);
+
+}  // namespace kda

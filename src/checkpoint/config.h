@@ -51,6 +51,8 @@ struct LayerSpec {
   // MLP
   int64_t mlp_width = 0;
   bool mlp_bias = false;
+
+  bool operator==(const LayerSpec&) const = default;
 };
 
 struct ModelConfig {

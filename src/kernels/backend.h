@@ -66,6 +66,7 @@ struct KdaPrepBackward;
 struct KdaOutputBackward;
 struct LogitsLoss;
 struct HiddenLoss;
+struct TopK;
 
 struct Backend {
   const char* name;
@@ -106,6 +107,7 @@ struct Backend {
   void (*kda_output_backward)(Context&, const KdaOutputBackward&);
   void (*logits_loss)(Context&, const LogitsLoss&);
   void (*hidden_loss)(Context&, const HiddenLoss&);
+  void (*top_k)(Context&, const TopK&);
 };
 
 // What an op runs on. The workspace is scratch for one op at a time, sized beforehand with X_workspace_bytes.

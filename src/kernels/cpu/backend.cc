@@ -44,8 +44,9 @@ const Backend& cpu_backend() {
       .kda_backward = nullptr,
       .kda_prep_backward = nullptr,
       .kda_output_backward = nullptr,
-      .logits_loss = nullptr,
-      .hidden_loss = nullptr,
+      .logits_loss = cpu::logits_loss,
+      .hidden_loss = cpu::hidden_loss,
+      .top_k = cpu::top_k,
   };
   return table;
 }

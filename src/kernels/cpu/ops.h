@@ -19,5 +19,8 @@ void kda_prep(Context&, const KdaPrep&);
 void kda_forward(Context&, const KdaForward&);
 void kda_output(Context&, const KdaOutput&);
 void kda_decode(Context&, const KdaDecode&);
+void logits_loss(Context&, const LogitsLoss&);
+void hidden_loss(Context&, const HiddenLoss&);
+void top_k(Context&, const TopK&);
 
 }  // namespace kda::cpu

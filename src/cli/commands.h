@@ -10,6 +10,8 @@ void add_score(CLI::App&);
 void add_tokenize(CLI::App&);
 void add_detokenize(CLI::App&);
 void add_init(CLI::App&);
+void add_probe(CLI::App&);
+void add_needles(CLI::App&);
 void add_bench(CLI::App&);
 
 }  // namespace kda::cli

@@ -16,6 +16,8 @@ constexpr void (*kCommands[])(CLI::App&) = {
     kda::cli::add_tokenize,
     kda::cli::add_detokenize,
     kda::cli::add_init,
+    kda::cli::add_probe,
+    kda::cli::add_needles,
     kda::cli::add_bench,
 };
 

@@ -49,7 +49,8 @@ void Agreement::add(ConstView logits, ConstView others, std::span<const int32_t>
   for (int64_t r = 0; r < R; ++r) {
     const Row& row = rows[size_t(r)];
     KDA_CHECK(std::isfinite(row.loss) && std::isfinite(row.other_loss) && std::isfinite(row.kl),
-              "the model's logits are not finite at token ", positions_ + predicted_ + r, " of the text: loss ", row.loss);
+              "the model's logits are not finite at token ", positions_ + predicted_ + r, " of the text: loss ",
+              row.loss);
     if (r + 1 < int64_t(ids.size())) ++predicted_, loss_ += row.loss, other_loss_ += row.other_loss;
     if (b) ++positions_, kl_ += row.kl, same_ += row.same;
   }

@@ -8,13 +8,10 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <string_view>
 #include <unordered_map>
 
+#include "kernels/cpu/gemm.h"
 #include "kernels/cpu/matmul.h"
-#include "kernels/cpu/onednn.h"
 #include "kernels/cpu/ops.h"
 
 namespace kda::cpu {
@@ -26,87 +23,17 @@ constexpr int64_t kColumns = 2 * kPanel;               // at most, of one task
 constexpr int64_t kCopyBytes = int64_t(80) << 20;      // of x in the GEMM's type; more rows are done in turns
 constexpr size_t kScratchpadBytes = size_t(16) << 10;  // at least; oneDNN asks for less than 1 KiB, with AMX for more
 
-// The three ways, by what the CPU has.
-enum class Kind { bf16, f32, f32_plain };
-
 struct Sizes {
   int64_t row_step, rows;  // a block has a multiple of row_step rows, at most `rows`
   int64_t columns;         // at most, of one task
   int64_t element_bytes;
 };
-bool has_isa(dnnl::cpu_isa isa) { return (int(dnnl::get_effective_cpu_isa()) & int(isa)) == int(isa); }
-
 Sizes sizes(Kind k) {
   switch (k) {
-    case Kind::bf16: return {has_isa(dnnl::cpu_isa::avx512_core_amx) ? 128 : 16, 128, kColumns, 2};
+    case Kind::bf16: return {cpu_has_amx() ? 128 : 16, 128, kColumns, 2};
     case Kind::f32: return {16, 128, kPanel, 4};
     default: return {48, 48, kPanel, 4};
   }
-}
-
-struct Gemm {
-  dnnl::matmul run;
-  memory::desc x, w, y, scratchpad;
-};
-
-struct Key {
-  Kind kind;
-  int64_t rows, K, columns;
-  auto operator<=>(const Key&) const = default;
-};
-
-// Throws dnnl::error where the library has no generated code for it; it would fall back on plain loops.
-Gemm make_gemm(const Key& k) {
-  const auto type = k.kind == Kind::bf16 ? memory::data_type::bf16 : memory::data_type::f32;
-  const auto panels = k.kind == Kind::bf16  ? memory::format_tag::BA16a64b2a
-                      : k.kind == Kind::f32 ? memory::format_tag::BA16a64b
-                                            : memory::format_tag::ab;  // the same bytes: a panel is 64 columns
-  const memory::desc x({k.rows, k.K}, type, memory::format_tag::ab);
-  const memory::desc w({k.K, k.columns}, type, panels);
-  const memory::desc y({k.rows, k.columns}, memory::data_type::f32, memory::format_tag::ab);
-  dnnl::primitive_attr attr;
-  attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);  // the library's own is not for several threads
-  const dnnl::matmul::primitive_desc d = describe_matmul(x, w, y, attr);
-  if (k.kind != Kind::f32_plain && std::string_view(d.impl_info_str()).starts_with("ref"))
-    throw dnnl::error(dnnl_unimplemented, "only plain loops");
-  return {dnnl::matmul(d), x, w, y, d.scratchpad_desc()};
-}
-
-bool can(Kind kind) {
-  try {
-    make_gemm({kind, sizes(kind).row_step, kStep, kPanel});
-    return true;
-  } catch (const dnnl::error&) {
-    return false;
-  }
-}
-
-Kind f32_kind() {
-  static const bool blocks = can(Kind::f32);
-  return blocks ? Kind::f32 : Kind::f32_plain;
-}
-
-// Fast rounds activations to bf16, never weights: a matrix stored in more than bf16 is multiplied in f32.
-Kind kind_for(Precision p, Dtype weights) {
-  const bool exact_in_bf16 = weights == Dtype::bf16 || weights == Dtype::i8;
-  return p == Precision::fast && exact_in_bf16 && cpu_has_bf16() ? Kind::bf16 : f32_kind();
-}
-
-// Generated code, made once per shape and kept: it costs about as much as the product of a short prompt.
-const Gemm& gemm(const Key& k) {
-  static std::mutex mutex;
-  static std::map<Key, Gemm> cache;
-  const std::lock_guard lock(mutex);
-  auto it = cache.find(k);
-  if (it == cache.end()) {
-    try {
-      it = cache.emplace(k, make_gemm(k)).first;
-    } catch (const dnnl::error& e) {
-      throw Error(cat("matmul: oneDNN has no product [", k.rows, ",", k.K, "] x [", k.K, ",", k.columns, "] in ",
-                      k.kind == Kind::bf16 ? "bf16" : "f32", ": ", e.message));
-    }
-  }
-  return it->second;
 }
 
 // Everything that follows from R and K, and where it lies in the workspace.
@@ -203,7 +130,7 @@ void multiply(Context& ctx, const Matmul& a, Kind kind) {
         const int64_t m = std::min(plan.size.rows, padded - r);
         char* const from = x_copy + r * plan.row_bytes;
         if (!g || m != plan.size.rows) {
-          const Key key{plan.kind, m, plan.Kp, columns};
+          const GemmKey key{plan.kind, m, plan.Kp, columns};
           g = &gemm(key);
           KDA_CHECK(g->scratchpad.get_size() <= plan.scratchpad_bytes, "matmul: oneDNN asks for ",
                     g->scratchpad.get_size(), " bytes of scratch, planned ", plan.scratchpad_bytes);
@@ -222,11 +149,6 @@ void multiply(Context& ctx, const Matmul& a, Kind kind) {
 }
 
 }  // namespace
-
-bool cpu_has_bf16() {
-  static const bool has = has_isa(dnnl::cpu_isa::avx512_core_bf16) && can(Kind::bf16);
-  return has;
-}
 
 void matmul(Context& ctx, const Matmul& a) {
   if (!a.x.dim(0)) return;

@@ -22,5 +22,17 @@ void kda_decode(Context&, const KdaDecode&);
 void logits_loss(Context&, const LogitsLoss&);
 void hidden_loss(Context&, const HiddenLoss&);
 void top_k(Context&, const TopK&);
+void matmul_dx(Context&, const MatmulDx&);
+void matmul_dw(Context&, const MatmulDw&);
+void rms_norm_backward(Context&, const RmsNormBackward&);
+void add_bias_backward(Context&, const AddBiasBackward&);
+void relu2_backward(Context&, const Relu2Backward&);
+void swiglu_backward(Context&, const SwiGluBackward&);
+void embedding_backward(Context&, const EmbeddingBackward&);
+void rope_backward(Context&, const Rope&);
+void attention_train(Context&, const AttentionTrain&);
+void attention_backward(Context&, const AttentionBackward&);
+void adamw(Context&, const AdamW&);
+void sum_squares(Context&, const SumSquares&);
 
 }  // namespace kda::cpu

@@ -7,7 +7,9 @@
 
 namespace kda::cpu {
 
-void rope(Context& ctx, const Rope& a) {
+namespace {
+// `sense` 1 turns by the angle, -1 by minus the angle.
+void turn(Context& ctx, const Rope& a, float sense) {
   float* x = a.x.as<float>();
   const int32_t* position = a.position.as<int32_t>();
   const float* inv_freq = a.inv_freq.as<float>();
@@ -23,7 +25,7 @@ void rope(Context& ctx, const Rope& a) {
         for (int64_t i = 0; i < n; ++i) {
           const float angle = float(position[t]) * inv_freq[first + i];
           c[i] = std::cos(angle) * factor;
-          s[i] = std::sin(angle) * factor;
+          s[i] = std::sin(angle) * factor * sense;
         }
         for (int64_t h = 0; h < H; ++h) {
           float* low = x + (t * H + h) * d + first;
@@ -37,5 +39,9 @@ void rope(Context& ctx, const Rope& a) {
       }
   });
 }
+}  // namespace
+
+void rope(Context& ctx, const Rope& a) { turn(ctx, a, 1); }
+void rope_backward(Context& ctx, const Rope& a) { turn(ctx, a, -1); }
 
 }  // namespace kda::cpu

@@ -36,12 +36,16 @@ struct LayerPair {
 struct ObjectiveSpec {
   std::vector<LossSpec> losses;
   std::vector<LayerPair> layers;
+  bool stored_teacher = false;  // a teacher of log-probabilities stored beforehand; else a model run beside the student
+  // Live: the teacher is reduced to its so many likeliest ids, with log-probabilities over the whole vocabulary, and
+  // every loss then takes it as it takes a stored one; 0: dense.
+  int64_t top_k = 0;
 };
 
 // Sums over the counted tokens of one or more batches; add() them up, then divide.
 struct LossSums {
   int64_t tokens = 0;
-  double total = 0;                         // weighted mean, times tokens
+  double total = 0;                         // weighted mean, times tokens: what the gradients are of, times `scale`
   std::vector<double> terms;                // by spec.losses: mean, times tokens
   std::vector<std::vector<double>> layers;  // hs_*, mixer_mse: by layer pair or KDA layer; else empty
   void add(const LossSums&);
@@ -49,9 +53,9 @@ struct LossSums {
 
 class Objective {
  public:
-  // `student`: the model's weights (its tensors may change between calls). chunk_rows: tokens of logits at once. Throws
-  // Error for a loss that this teacher cannot serve (hinge without stored ids, hidden states from a stored teacher,
-  // ..).
+  // `student`: the model's weights (must outlive it; its tensors may change between calls). rows: most tokens in a
+  // batch. chunk_rows: tokens of logits at once. Throws Error for a loss that this teacher cannot serve (hinge without
+  // ids, hidden states from a stored teacher, ..) and for layers that are not there.
   Objective(Context&, const Weights& student, ObjectiveSpec, int64_t rows, int64_t chunk_rows = 512);
   ~Objective();
 
@@ -67,6 +71,7 @@ class Objective {
                Weights* gradients);
   std::span<const Cotangent> cotangents() const;
   // mixer_mse: runs each KDA layer of the student on the teacher's input; gradients as above (nullptr: values only).
+  // Beside other losses its sums hold no tokens, since run() counted them: add() both up.
   LossSums run_mixers(Context&, TrainPass&, const TrainBatch&, const TeacherOutput&, double scale, Weights* gradients);
 
  private:

@@ -12,6 +12,7 @@ void add_detokenize(CLI::App&);
 void add_init(CLI::App&);
 void add_probe(CLI::App&);
 void add_needles(CLI::App&);
+void add_report(CLI::App&);
 void add_bench(CLI::App&);
 
 }  // namespace kda::cli

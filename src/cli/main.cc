@@ -18,6 +18,7 @@ constexpr void (*kCommands[])(CLI::App&) = {
     kda::cli::add_init,
     kda::cli::add_probe,
     kda::cli::add_needles,
+    kda::cli::add_report,
     kda::cli::add_bench,
 };
 

@@ -34,5 +34,10 @@ void attention_train(Context&, const AttentionTrain&);
 void attention_backward(Context&, const AttentionBackward&);
 void adamw(Context&, const AdamW&);
 void sum_squares(Context&, const SumSquares&);
+void conv_silu_backward(Context&, const ConvBackward&);
+void kda_forward_keep(Context&, const KdaForwardKeep&);
+void kda_backward(Context&, const KdaBackward&);
+void kda_prep_backward(Context&, const KdaPrepBackward&);
+void kda_output_backward(Context&, const KdaOutputBackward&);
 
 }  // namespace kda::cpu

@@ -4,6 +4,7 @@ find_package(simdjson REQUIRED)
 find_package(PkgConfig REQUIRED)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)
+pkg_check_modules(YAMLCPP REQUIRED IMPORTED_TARGET yaml-cpp)
 
 # oneDNN by its library: Debian's package file for it also asks for OpenCL's headers, which nothing here needs.
 if(NOT TARGET DNNL::dnnl)

@@ -14,6 +14,7 @@ packages=(
   libutf8proc-dev       # Unicode normal forms
   libsimdjson-dev       # large JSON files
   nlohmann-json3-dev    # JSON everywhere else
+  libyaml-cpp-dev       # run files
   libcli11-dev
   libgtest-dev python3  # the tests
   xz-utils              # packed test data

@@ -66,29 +66,29 @@ TrainData::TrainData(std::vector<DataPart> parts, const DataSizes& sizes, uint64
   cursor_.resize(parts_.size());
 }
 
-size_t TrainData::furthest_behind() const {
+size_t TrainData::furthest_behind(const std::vector<DataCursor>& cursor) const {
   size_t best = 0;
-  const auto taken = [&](size_t i) { return double(cursor_[i].tokens) / parts_[i].weight; };
+  const auto taken = [&](size_t i) { return double(cursor[i].tokens) / parts_[i].weight; };
   for (size_t i = 1; i < parts_.size(); ++i)
     if (taken(i) < taken(best)) best = i;
   return best;
 }
 
-void TrainData::next(TrainBatch& b) {
-  clear(b);
+template <class F>
+void TrainData::each_sequence(std::vector<DataCursor>& cursor, F use) const {
   for (int64_t left = sizes_.batch_tokens; left > 0;) {
     // A piece that was cut goes on before anything else.
-    const auto cut = std::find_if(cursor_.begin(), cursor_.end(), [](const DataCursor& c) { return c.offset > 0; });
-    const size_t which = cut != cursor_.end() ? size_t(cut - cursor_.begin()) : furthest_behind();
+    const auto cut = std::find_if(cursor.begin(), cursor.end(), [](const DataCursor& c) { return c.offset > 0; });
+    const size_t which = cut != cursor.end() ? size_t(cut - cursor.begin()) : furthest_behind(cursor);
     const Part& part = parts_[which];
-    DataCursor& c = cursor_[which];
+    DataCursor& c = cursor[which];
     const int64_t piece = Permutation(part.pieces(), seed_, uint64_t(c.epoch) << 16 | which)(c.position);
     const auto after = std::upper_bound(part.first_piece.begin(), part.first_piece.end(), piece);
     const int64_t row = after - part.first_piece.begin() - 1;
     const int64_t begin = (piece - part.first_piece[size_t(row)]) * sizes_.sequence_length;
     const int64_t size = std::min(sizes_.sequence_length, part.rows->length(row) - begin);
     const int64_t n = std::min(size - c.offset, left);
-    append(b, *part.rows, row, part.first_row + part.rows->source_row(row), begin + c.offset, n, sizes_.vocabulary);
+    use(part, row, begin + c.offset, n);
     left -= n;
     c.tokens += n;
     c.offset += n;
@@ -96,6 +96,24 @@ void TrainData::next(TrainBatch& b) {
     c.offset = 0;
     if (++c.position == part.pieces()) c.position = 0, ++c.epoch;
   }
+}
+
+void TrainData::next(TrainBatch& b) {
+  clear(b);
+  each_sequence(cursor_, [&](const Part& part, int64_t row, int64_t from, int64_t n) {
+    append(b, *part.rows, row, part.first_row + part.rows->source_row(row), from, n, sizes_.vocabulary);
+  });
+}
+
+int64_t TrainData::most_sequences(int64_t batches) const {
+  std::vector<DataCursor> cursor = cursor_;
+  int64_t most = 0;
+  for (int64_t i = 0; i < batches; ++i) {
+    int64_t here = 0;
+    each_sequence(cursor, [&](const Part&, int64_t, int64_t, int64_t) { ++here; });
+    most = std::max(most, here);
+  }
+  return most;
 }
 
 void TrainData::seek(const std::vector<DataCursor>& cursor) {

@@ -44,6 +44,8 @@ class TrainData {
   void next(TrainBatch&);
 
   int64_t tokens() const { return tokens_; }  // of all parts, once
+  // Most sequences in one of the next so many batches: exact, found by going through their order.
+  int64_t most_sequences(int64_t batches) const;
   const std::vector<DataCursor>& cursor() const { return cursor_; }
   // Throws Error for a cursor that lies outside of the data.
   void seek(const std::vector<DataCursor>&);
@@ -59,7 +61,10 @@ class TrainData {
     std::vector<int64_t> first_piece;  // [rows + 1]
     int64_t pieces() const { return first_piece.back(); }
   };
-  size_t furthest_behind() const;
+  size_t furthest_behind(const std::vector<DataCursor>&) const;
+  // Calls use(part, row, begin, tokens) for each sequence of the batch at `cursor`, and moves that on.
+  template <class F>
+  void each_sequence(std::vector<DataCursor>& cursor, F use) const;
 
   std::vector<Part> parts_;
   DataSizes sizes_;

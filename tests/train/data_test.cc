@@ -138,6 +138,12 @@ TEST(TrainData, ACursorGoesOnExactly) {
     EXPECT_EQ(b.rows, batches[i].rows) << i;
     EXPECT_EQ(b.offsets, batches[i].offsets) << i;
   }
+  TrainData again(parts, sizes, 9);
+  size_t most = 0;
+  for (const auto& b : batches) most = std::max(most, b.rows.size());
+  EXPECT_EQ(again.most_sequences(40), int64_t(most));
+  EXPECT_EQ(again.most_sequences(1), int64_t(batches[0].rows.size()));
+  EXPECT_EQ(again.cursor()[0], (DataCursor{}));
   EXPECT_THROW(whole.seek({{0, 0, 0, 0}}), Error);
   EXPECT_THROW(whole.seek({{0, 999, 0, 0}, {}}), Error);
   EXPECT_THROW(whole.seek({{0, 0, 16, 0}, {}}), Error);

@@ -15,8 +15,9 @@ constexpr int64_t kChunk = 512;  // tokens of logits at once
 
 ObjectiveSpec with_usual_terms(ObjectiveSpec s, bool has_teacher) {
   const auto has = [&](LossFunction f) {
-    return std::any_of(s.losses.begin(), s.losses.end(),
-                       [&](const LossSpec& l) { return l.function == f && (f != LossFunction::kl || l.temperature == 1); });
+    return std::any_of(s.losses.begin(), s.losses.end(), [&](const LossSpec& l) {
+      return l.function == f && (f != LossFunction::kl || l.temperature == 1);
+    });
   };
   if (!has(LossFunction::cross_entropy)) s.losses.push_back({.function = LossFunction::cross_entropy, .weight = 0});
   if (has_teacher && !has(LossFunction::kl)) s.losses.push_back({.function = LossFunction::kl, .weight = 0});
@@ -86,7 +87,8 @@ struct HeldOut::Impl {
     const size_t bytes = matmul_workspace_bytes(ctx, n, w.config.width, w.config.vocabulary);
     if (bytes > scratch.v.bytes()) scratch = ctx.backend->alloc(Dtype::u8, {int64_t(bytes)});
     ctx.workspace = scratch;
-    const View normed{h.v.data, Dtype::f32, {n, w.config.width}}, y{logits.v.data, Dtype::f32, {n, w.config.vocabulary}};
+    const View normed{h.v.data, Dtype::f32, {n, w.config.width}},
+        y{logits.v.data, Dtype::f32, {n, w.config.vocabulary}};
     rms_norm(ctx, {.x = rows_of(x, from, n), .w = w.final_norm, .y = normed, .eps = float(w.config.norm_eps)});
     const MatmulSegment segment{w.head.view(), y};
     matmul(ctx, {.x = normed, .segments = {&segment, 1}});

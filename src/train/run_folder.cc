@@ -98,7 +98,8 @@ RunFolder::RunFolder(const fs::path& path, bool resume) : path_(path) {
     KDA_CHECK(resume || !begun, path_.string(),
               ": holds a run that was begun; go on with --resume, or give another output_path");
     for (const auto& e : fs::directory_iterator(path_))
-      if (e.path().filename().string().rfind(kDraft, 0) == 0) fs::remove_all(e.path(), error);
+      for (const char* half : {kDraft, "final.tmp-"})  // the second is write_model_folder's
+        if (e.path().filename().string().rfind(half, 0) == 0) fs::remove_all(e.path(), error);
   } catch (...) {
     ::close(lock_);
     throw;

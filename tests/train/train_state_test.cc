@@ -20,7 +20,7 @@ TrainState some_state() {
   s.seconds = 0.1 + 0.2, s.usual_loss = 1.0 / 3;
   s.usual_count = 12, s.skipped_in_a_row = 1, s.best = 0.7000000000000001, s.best_step = 10, s.metrics_bytes = 99;
   s.cursor = {{1, 2, 3, 4}, {5, 6, 7, int64_t(1) << 60}};
-  s.data = "d", s.model = "m", s.teacher = "t";
+  s.data = "of the data", s.model = "of the model", s.teacher = "of the teacher";
   return s;
 }
 

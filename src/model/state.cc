@@ -24,6 +24,7 @@ View StatePool::slot(const Tensor& pool, int32_t slot) {
 }
 
 void StatePool::reserve(Context& ctx, int64_t slots, int64_t tokens) {
+  KDA_CHECK(!divided_, "state pool: reserve() after divide()");
   const int64_t more_slots = std::max(slots, slots_);
   // Keys and values grow by half at least, so that a long generation moves each token a few times only.
   const int64_t more_tokens = tokens <= capacity_ ? capacity_ : std::max({tokens, capacity_ + capacity_ / 2, int64_t(64)});
@@ -48,6 +49,17 @@ void StatePool::reserve(Context& ctx, int64_t slots, int64_t tokens) {
   }
   slots_ = more_slots;
   capacity_ = more_tokens;
+  room_ = slots_ * capacity_;
+}
+
+void StatePool::divide(int64_t slots, int64_t tokens) {
+  KDA_CHECK(slots >= 1 && slots <= slots_ && slots * tokens <= room_, "state pool: ", room_, " tokens in at most ",
+            slots_, " slots divided into ", slots, " times ", tokens);
+  for (LayerState& s : layers_)
+    for (Tensor* pool : {&s.k, &s.v})
+      if (*pool) pool->v.shape = {slots, tokens, pool->v.dim(2), pool->v.dim(3)};
+  capacity_ = tokens;
+  divided_ = true;
 }
 
 void StatePool::copy(Context& ctx, int32_t from, int32_t to, int64_t tokens) {

@@ -27,6 +27,9 @@ class StatePool {
 
   // Makes room for more slots, or for more tokens in each; what is there stays.
   void reserve(Context&, int64_t slots, int64_t tokens);
+  // Divides the memory of keys and values anew, into `slots` slots of `tokens` tokens each, at most as many tokens in
+  // all as there are; what they held is lost. No reserve() after it.
+  void divide(int64_t slots, int64_t tokens);
   // Slot `to` becomes a copy of slot `from`, which holds `tokens` tokens.
   void copy(Context&, int32_t from, int32_t to, int64_t tokens);
 
@@ -41,6 +44,8 @@ class StatePool {
   std::vector<Sizes> sizes_;
   std::vector<LayerState> layers_;
   int64_t slots_ = 0, capacity_ = 0;
+  int64_t room_ = 0;  // slots_ * capacity_ as reserved
+  bool divided_ = false;
 };
 
 }  // namespace kda

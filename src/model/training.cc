@@ -131,8 +131,9 @@ void check_sizes(const TrainSizes& s) {
 }
 
 TrainBytes bytes_of(const Layout& l, const Extra& e, const TrainSizes& s) {
-  return {.activations = l.activation_bytes,
-          .scratch = l.scratch_bytes + e.workspace + int64_t(sizeof(float)) * (3 * e.window + e.state + index_count(s))};
+  return {
+      .activations = l.activation_bytes,
+      .scratch = l.scratch_bytes + e.workspace + int64_t(sizeof(float)) * (3 * e.window + e.state + index_count(s))};
 }
 
 }  // namespace
@@ -264,8 +265,7 @@ struct TrainPass::Impl {
   ConstView mixer_in;
 };
 
-TrainPass::TrainPass(Context& ctx, const Weights& w, const TrainSizes& s)
-    : impl_(std::make_unique<Impl>(ctx, w, s)) {}
+TrainPass::TrainPass(Context& ctx, const Weights& w, const TrainSizes& s) : impl_(std::make_unique<Impl>(ctx, w, s)) {}
 TrainPass::~TrainPass() = default;
 
 TrainBytes TrainPass::plan(Context& ctx, const Weights& w, const TrainSizes& s) {

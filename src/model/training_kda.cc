@@ -24,13 +24,9 @@ KdaGateParams gate_of(const LayerSpec& s) {
 }
 
 void convolve(Pass& p, ConstView x, const Tensor& taps, View y) {
-  conv_silu(p.ctx, {.x = x,
-                    .w = taps,
-                    .window = p.window,
-                    .channel = 0,
-                    .slots = p.no_slots,
-                    .packing = *p.rows.packing,
-                    .y = y});
+  conv_silu(
+      p.ctx,
+      {.x = x, .w = taps, .window = p.window, .channel = 0, .slots = p.no_slots, .packing = *p.rows.packing, .y = y});
 }
 
 }  // namespace
@@ -38,8 +34,8 @@ void convolve(Pass& p, ConstView x, const Tensor& taps, View y) {
 KdaKept keep_kda(const Context& ctx, Cutter& c, const LayerWeights& w, const Rows& r) {
   const Sizes s(w.spec);
   const Shape keys{r.T, s.HK}, values{r.T, s.HV}, heads{r.T, s.H};
-  const int64_t states = r.packing ? kda_kept_floats(ctx, *r.packing, s.H, s.K, s.V)
-                                   : kda_kept_floats(ctx, r.T, r.N, s.H, s.K, s.V);
+  const int64_t states =
+      r.packing ? kda_kept_floats(ctx, *r.packing, s.H, s.K, s.V) : kda_kept_floats(ctx, r.T, r.N, s.H, s.K, s.V);
   KdaKept k;
   for (View* v : {&k.q, &k.k, &k.unit_q, &k.unit_k, &k.f, &k.log_decay}) *v = c.take(keys);
   for (View* v : {&k.v, &k.conv_v, &k.g, &k.o, &k.y}) *v = c.take(values);
@@ -187,9 +183,9 @@ View kda_backward_pass(Pass& p, const LayerWeights& layer, const LayerWeights& g
 }
 
 bool any_kda(const KdaWeights& w, bool inside) {
-  const std::initializer_list<const Tensor*> tensors = {
-      &w.q.w,    &w.k.w,    &w.v.w,    &w.f0.w,  &w.f1.w,    &w.b.w,    &w.g0.w,  &w.g1.w,
-      &w.q_conv, &w.k_conv, &w.v_conv, &w.A_log, &w.dt_bias, &w.g_bias, &w.o_norm};
+  const std::initializer_list<const Tensor*> tensors = {&w.q.w,    &w.k.w,   &w.v.w,     &w.f0.w,   &w.f1.w,
+                                                        &w.b.w,    &w.g0.w,  &w.g1.w,    &w.q_conv, &w.k_conv,
+                                                        &w.v_conv, &w.A_log, &w.dt_bias, &w.g_bias, &w.o_norm};
   return (!inside && w.o.w) || std::any_of(tensors.begin(), tensors.end(), [](const Tensor* t) { return bool(*t); });
 }
 

@@ -41,9 +41,9 @@ struct Rows {
 struct Pass {
   Context& ctx;
   Rows rows;
-  Slots no_slots;        // -1 for every sequence: from zeros, kept nowhere
-  View window, state;    // of one slot, never touched
-  ConstView position;    // i32 [T]  within the sequence
+  Slots no_slots;      // -1 for every sequence: from zeros, kept nowhere
+  View window, state;  // of one slot, never touched
+  ConstView position;  // i32 [T]  within the sequence
   float eps;
   const float* inv_freq = nullptr;  // of this layer
   float rope_factor = 1;

@@ -11,7 +11,8 @@
 
 namespace kda {
 
-// The first rule whose regex (PCRE, found anywhere in the canonical name) matches a parameter decides.
+// The first rule whose regex (PCRE, found anywhere in the canonical name) matches a parameter decides; a parameter that
+// none matches is frozen.
 struct ParameterRule {
   std::string regex;
   bool trainable = true;
@@ -32,6 +33,7 @@ struct Parameter {
   bool trainable = false;
   double lr = -1, decay = -1;  // < 0: the stage's
   bool decays = true;          // the tensor table's word
+  bool matrix = false;         // a product's weight, the embedding or the head
 };
 
 class Parameters {
@@ -39,7 +41,8 @@ class Parameters {
   // Nothing is trainable yet.
   Parameters(Context&, const Checkpoint&);
 
-  // Sets what is trainable; what was keeps its master and moments. Throws Error for a rule that matches nothing.
+  // Sets what is trainable; what was keeps its master and moments, and gets a new gradient of zeros. Throws Error for
+  // a rule that matches nothing.
   void set_trainable(Context&, const std::vector<ParameterRule>&);
 
   Weights& weights() { return weights_; }      // what the passes read
@@ -54,7 +57,7 @@ class Parameters {
   // After masters were replaced from outside (resume): refreshes the working copies.
   void refresh(Context&);
   int64_t bytes() const;  // masters, gradients, moments, working copies
-  // name -> the f32 master, or the stored tensor of a frozen one: what a checkpoint of the student is written from.
+  // name -> the f32 master, or the stored tensor of one never trainable: what a checkpoint of the student is written from.
   std::map<std::string, ConstView> values() const;
 
  private:

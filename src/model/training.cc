@@ -101,7 +101,8 @@ Layout lay_out(const Context& ctx, const Weights& w, const TrainSizes& sizes, co
 
 // All that a pass allocates besides activations and layout scratch.
 struct Extra {
-  int64_t workspace = 0, window = 0, state = 0;
+  int64_t workspace = 0, window = 0, state = 0;  // bytes, floats of a token, floats
+  int64_t tables = 0;                            // rotary frequencies, floats
 };
 
 Extra extra_memory(const Context& ctx, const Weights& w, const TrainSizes& sizes) {
@@ -111,6 +112,7 @@ Extra extra_memory(const Context& ctx, const Weights& w, const TrainSizes& sizes
     const LayerSpec& s = l.spec;
     if (s.mixer == Mixer::full) {
       full_workspace(most, l);
+      if (s.rope) e.tables += s.head_dim / 2;
     } else {
       kda_workspace(most, l);
       e.window = std::max({e.window, s.kda_heads * s.K, s.kda_heads * s.V});
@@ -131,9 +133,9 @@ void check_sizes(const TrainSizes& s) {
 }
 
 TrainBytes bytes_of(const Layout& l, const Extra& e, const TrainSizes& s) {
-  return {
-      .activations = l.activation_bytes,
-      .scratch = l.scratch_bytes + e.workspace + int64_t(sizeof(float)) * (3 * e.window + e.state + index_count(s))};
+  return {.activations = l.activation_bytes,
+          .scratch = l.scratch_bytes + e.workspace +
+                     int64_t(sizeof(float)) * (3 * e.window + e.state + e.tables + index_count(s))};
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ struct Size {
 [[noreturn]] void measure(const std::filesystem::path& folder, const Size& size, int64_t missing) {
   CpuContext ctx(2, Precision::fast, 64);
   const Checkpoint c = load_checkpoint(folder);
+  std::filesystem::remove_all(folder.parent_path());  // it stays mapped, and nobody comes back to do this
   double touched = 0;  // every page of the mapped file is in memory before the count begins
   for (const auto& [name, t] : c.tensors)
     for (double v : doubles(t)) touched += v;

@@ -318,7 +318,7 @@ TEST_P(TrainingModel, MixersAlone) {
       square += double(direction[i]) * double(direction[i]);
       size += double(table.v.as<float>()[i]) * double(table.v.as<float>()[i]);
     }
-    const double step = 3e-3 * std::sqrt(size / square);
+    const double step = 1e-3 * std::sqrt(size / square);
     const std::vector<float> before(table.v.as<float>(), table.v.as<float>() + direction.size());
     double sums[2] = {};
     for (int side : {0, 1}) {

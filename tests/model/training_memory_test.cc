@@ -1,6 +1,7 @@
 // That the printed plan is what training takes: a process of its own builds everything, makes a step, and compares the
 // memory it had resident at most with what it had before.
 #include <gtest/gtest.h>
+#include <malloc.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -36,6 +37,7 @@ struct Size {
     loss_gradients(ctx, p, pass, text);
     ctx.workspace = {};
   }
+  malloc_trim(0);
   const int64_t before = std::max(resident_bytes(), peak_resident_bytes());
   const int64_t settled = resident_bytes();
   Parameters p(ctx, c);

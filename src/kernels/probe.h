@@ -5,7 +5,7 @@
 #include <span>
 
 #include "base/parallel.h"
-#include "base/tensor.h"
+#include "kernels/backend.h"
 
 namespace kda {
 
@@ -31,12 +31,12 @@ struct GemmShape {
   int64_t N, K, count;
 };
 
-// oneDNN's GEMM on one shape: bf16 operands where the CPU has such instructions and f32 otherwise, W packed beforehand
+// oneDNN's GEMM on one shape: bf16 operands under `fast` where the CPU has them and f32 otherwise, W packed beforehand
 // in the library's own layout, each thread on blocks of columns or rows of its own. The constructor tries several ways
 // of cutting y into blocks and keeps the fastest.
 class GemmProbe {
  public:
-  GemmProbe(ThreadPool&, int64_t rows, const GemmShape&);
+  GemmProbe(ThreadPool&, int64_t rows, const GemmShape&, Precision = Precision::fast);
   ~GemmProbe();
   GemmProbe(GemmProbe&&) noexcept;
 

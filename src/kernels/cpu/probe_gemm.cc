@@ -22,9 +22,9 @@ struct Block {
   dnnl::matmul::primitive_desc d;
   dnnl::matmul run;
 
-  Block(int64_t rows, int64_t columns, int64_t K) : m(rows), n(columns) {
+  Block(bool bf16, int64_t rows, int64_t columns, int64_t K) : m(rows), n(columns) {
     if (!m || !n) return;
-    const auto type = cpu::cpu_has_bf16() ? memory::data_type::bf16 : memory::data_type::f32;
+    const auto type = bf16 ? memory::data_type::bf16 : memory::data_type::f32;
     dnnl::primitive_attr attr;
     attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);
     d = cpu::describe_matmul({{m, K}, type, memory::format_tag::ab}, {{K, n}, type, memory::format_tag::any},
@@ -39,11 +39,11 @@ struct Block {
 struct Cut {
   Block whole, right, low, corner;
   int64_t down, across;
-  Cut(int64_t rows, int64_t N, int64_t K, int64_t m, int64_t n)
-      : whole(m, n, K),
-        right(m, N % n, K),
-        low(rows % m, n, K),
-        corner(rows % m, N % n, K),
+  Cut(bool bf16, int64_t rows, int64_t N, int64_t K, int64_t m, int64_t n)
+      : whole(bf16, m, n, K),
+        right(bf16, m, N % n, K),
+        low(bf16, rows % m, n, K),
+        corner(bf16, rows % m, N % n, K),
         down((rows + m - 1) / m),
         across((N + n - 1) / n) {}
 };
@@ -53,11 +53,13 @@ struct GemmProbe::Impl {
   ThreadPool& pool;
   int64_t rows;
   GemmShape s;
-  int64_t size = cpu::cpu_has_bf16() ? 2 : 4;
+  bool bf16;
+  int64_t size = bf16 ? 2 : 4;
   Tensor x, w, y, scratch;
   std::unique_ptr<Cut> best;
 
-  Impl(ThreadPool& p, int64_t r, const GemmShape& shape) : pool(p), rows(r), s(shape) {
+  Impl(ThreadPool& p, int64_t r, const GemmShape& shape, Precision precision)
+      : pool(p), rows(r), s(shape), bf16(precision == Precision::fast && cpu::cpu_has_bf16()) {
     KDA_CHECK(rows > 0 && s.N > 0 && s.K > 0, "probe: a product needs rows, N and K");
     x = host_tensor(Dtype::u8, {rows * s.K * size});
     y = host_tensor(Dtype::u8, {rows * (s.N + 64) * 4});
@@ -69,7 +71,7 @@ struct GemmProbe::Impl {
     for (const int64_t n : {64, 128, 256, 512, 1280})
       for (const int64_t m : {128, 256, 512}) {
         if ((n > s.N && n != 64) || (m > rows && m != 128)) continue;
-        auto cut = std::make_unique<Cut>(rows, s.N, s.K, std::min(m, rows), std::min(n, s.N));
+        auto cut = std::make_unique<Cut>(bf16, rows, s.N, s.K, std::min(m, rows), std::min(n, s.N));
         double t = seconds(*cut);
         if (t > 3 * least) continue;
         for (int i = 0; i < 2; ++i) t = std::min(t, seconds(*cut));
@@ -99,8 +101,8 @@ struct GemmProbe::Impl {
   }
 };
 
-GemmProbe::GemmProbe(ThreadPool& pool, int64_t rows, const GemmShape& s)
-    : impl_(std::make_unique<Impl>(pool, rows, s)) {}
+GemmProbe::GemmProbe(ThreadPool& pool, int64_t rows, const GemmShape& s, Precision precision)
+    : impl_(std::make_unique<Impl>(pool, rows, s, precision)) {}
 GemmProbe::~GemmProbe() = default;
 GemmProbe::GemmProbe(GemmProbe&&) noexcept = default;
 

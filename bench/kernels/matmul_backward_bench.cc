@@ -23,9 +23,12 @@ struct Group {  // matrices that share their input
   std::vector<int64_t> N;
   double count;  // in a training step
 };
-const std::vector<Group> kGroups = {{"qkvfgb", 256, {256, 256, 256, 64, 64, 4}, 8}, {"f1", 64, {256}, 16},
-                                    {"o", 256, {256}, 8},                          {"up", 256, {1024}, 8},
-                                    {"down", 1024, {256}, 8},                      {"head", 256, {4096}, 1}};
+const std::vector<Group> kGroups = {{"qkvfgb", 256, {256, 256, 256, 64, 64, 4}, 8},
+                                    {"f1", 64, {256}, 16},
+                                    {"o", 256, {256}, 8},
+                                    {"up", 256, {1024}, 8},
+                                    {"down", 1024, {256}, 8},
+                                    {"head", 256, {4096}, 1}};
 constexpr int64_t kTokens = 4096;
 
 double sum(const std::vector<int64_t>& v) {

@@ -66,6 +66,7 @@ TEST(Matmul, EqualsTheReferenceAtSizesAroundEveryBlock) {
         for (int64_t K : {1, 3, 20, 31, 32, 33, 63, 64, 127, 128, 129, 300, 1000})
           check_against_reference(op, p, 3, 66, K, d);
         for (int64_t N : {1, 3, 63, 64, 65, 127, 128, 129, 300, 1000}) check_against_reference(op, p, 17, N, 33, d);
+        for (int64_t N : {64, 1088}) check_against_reference(op, p, 1040, N, 32, d);
       }
   }
 }
@@ -147,6 +148,37 @@ TEST(Matmul, ARowDoesNotDependOnItsNeighboursNorOnThreads) {
         }
     }
   }
+}
+
+// Small matrices are packed beforehand and multiplied by blocks of rows; beyond 4 MB of them, or with more columns than
+// one call has, by panels: at sizes on both sides a row has the same bits alone and among many, on any threads.
+TEST(Matmul, ARowDoesNotDependOnTheWayItIsCut) {
+  const int64_t R = 1100, K = 256;
+  const auto xs = values("x", R * K);
+  for (int64_t N : {64, 1000, 1024, 1025, 9000})
+    for (Dtype d : {Dtype::bf16, Dtype::i8}) {
+      if (N > 5000 && d != Dtype::bf16) continue;
+      const Weight w("w", d, N, K);
+      for (Precision p : {Precision::fast, Precision::exact}) {
+        const auto run = [&](int threads, int64_t from, int64_t rows) {
+          OneContext ctx(Op::matmul, threads, p, rows, K, N);
+          const Buffer x(ctx, {xs.begin() + from * K, xs.begin() + (from + rows) * K});
+          Buffer y(ctx, rows * N);
+          const MatmulSegment s{.w = w.view, .y = y.view({rows, N})};
+          matmul(ctx, {.x = x.view({rows, K}), .segments = {&s, 1}});
+          EXPECT_TRUE(y.guards_intact());
+          return y.fetch();
+        };
+        const auto whole = run(1, 0, R);
+        EXPECT_EQ(whole, run(3, 0, R));
+        for (int64_t rows : {1, 17, 128, 1030}) {
+          const int64_t from = (rows * 37) % (R - rows);
+          const auto part = run(2, from, rows);
+          EXPECT_EQ(0, std::memcmp(part.data(), whole.data() + from * N, part.size() * sizeof(float)))
+              << rows << " rows from " << from << ", N " << N << ", " << name_of(d);
+        }
+      }
+    }
 }
 
 TEST(Matmul, DoorsRefuseWhatDoesNotFit) {

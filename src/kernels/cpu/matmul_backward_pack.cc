@@ -13,6 +13,16 @@
 HWY_BEFORE_NAMESPACE();
 namespace kda::cpu::HWY_NAMESPACE {
 
+// Rows of a matrix lie far apart, so the CPU does not see what comes next: asks for `n` elements of the row kAhead below,
+// where there is one.
+constexpr int64_t kAhead = 64;
+template <class T>
+HWY_INLINE void ask_ahead(const T* row, int64_t stride, int64_t r, int64_t rows, int64_t n) {
+  if (r + kAhead >= rows) return;
+  const char* p = reinterpret_cast<const char*>(row + kAhead * stride);
+  for (int64_t byte = 0; byte < n * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(p + byte, 0, 2);
+}
+
 // out[c] = a[c] and b[c] as bf16 in one dword, a below; b may be null: zeros.
 template <class T>
 HWY_INLINE void pair_rows(const T* a, const T* b, int64_t n, uint32_t* out) {
@@ -30,7 +40,11 @@ HWY_INLINE void pair_rows(const T* a, const T* b, int64_t n, uint32_t* out) {
 template <class T>
 void pack_rows(const T* m, int64_t stride, int64_t rows, int64_t columns, int64_t depth, uint32_t* out) {
   for (int64_t r = 0; r < depth; r += 2, out += kPanel) {
-    if (r < rows) pair_rows(m + r * stride, r + 1 < rows ? m + (r + 1) * stride : nullptr, columns, out);
+    if (r < rows) {
+      ask_ahead(m + r * stride, stride, r, rows, columns);
+      ask_ahead(m + (r + 1) * stride, stride, r + 1, rows, columns);
+      pair_rows(m + r * stride, r + 1 < rows ? m + (r + 1) * stride : nullptr, columns, out);
+    }
     std::fill(out + (r < rows ? columns : 0), out + kPanel, 0u);
   }
 }
@@ -38,7 +52,10 @@ void pack_rows(const T* m, int64_t stride, int64_t rows, int64_t columns, int64_
 template <class T>
 void pack_rows(const T* m, int64_t stride, int64_t rows, int64_t columns, int64_t depth, float* out) {
   for (int64_t r = 0; r < depth; ++r, out += kPanel) {
-    if (r < rows) row_to_f32(m + r * stride, columns, out);
+    if (r < rows) {
+      ask_ahead(m + r * stride, stride, r, rows, columns);
+      row_to_f32(m + r * stride, columns, out);
+    }
     std::fill(out + (r < rows ? columns : 0), out + kPanel, 0.0f);
   }
 }
@@ -69,7 +86,11 @@ void TransposeRowsBf16(const float* x, int64_t stride, int64_t rows, int64_t col
     for (int64_t j = 0; j < kGroup; ++j) {
       const int64_t low = r + 2 * j;
       const float* from = x + low * stride;
-      if (low < rows) pair_rows(from, low + 1 < rows ? from + stride : nullptr, columns, tile + j * width);
+      if (low < rows) {
+        ask_ahead(from, stride, low, rows, columns);
+        ask_ahead(from + stride, stride, low + 1, rows, columns);
+        pair_rows(from, low + 1 < rows ? from + stride : nullptr, columns, tile + j * width);
+      }
       std::fill(tile + j * width + (low < rows ? columns : 0), tile + (j + 1) * width, 0u);
     }
     transpose(tile, width * 4, width, reinterpret_cast<uint32_t*>(out) + r / 2, depth / 2);
@@ -81,6 +102,7 @@ void TransposeRowsF32(const float* x, int64_t stride, int64_t rows, int64_t colu
   alignas(64) float tile[kGroup * kMaxWidth];
   for (int64_t r = 0; r < depth; r += kGroup) {
     const bool whole = r + kGroup <= rows && columns == width;
+    for (int64_t j = 0; j < kGroup && r + j < rows; ++j) ask_ahead(x + (r + j) * stride, stride, r + j, rows, columns);
     for (int64_t j = 0; j < kGroup && !whole; ++j) {
       const int64_t n = r + j < rows ? columns : 0;
       if (n) std::copy_n(x + (r + j) * stride, n, tile + j * width);

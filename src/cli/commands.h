@@ -13,6 +13,7 @@ void add_init(CLI::App&);
 void add_probe(CLI::App&);
 void add_needles(CLI::App&);
 void add_report(CLI::App&);
+void add_convert(CLI::App&);
 void add_bench(CLI::App&);
 
 }  // namespace kda::cli

@@ -19,6 +19,7 @@ constexpr void (*kCommands[])(CLI::App&) = {
     kda::cli::add_probe,
     kda::cli::add_needles,
     kda::cli::add_report,
+    kda::cli::add_convert,
     kda::cli::add_bench,
 };
 

@@ -190,7 +190,6 @@ void check_new_folder(const fs::path& out) {
 }
 
 std::string updated_config(const ModelConfig& c) {
-  Json ours;  // of a source without a text, or where layers changed
   if (c.text.empty()) return write_config(c);
   Json j;
   try {
@@ -198,13 +197,15 @@ std::string updated_config(const ModelConfig& c) {
   } catch (const Json::exception& e) {
     throw Error(cat("config.json: not valid JSON: ", e.what()));
   }
-  // The layers stand as they are: only the dtype may be new.
+  const bool kda = std::any_of(c.layers.begin(), c.layers.end(), [](const auto& s) { return s.mixer == Mixer::kda; });
+  // Where the text says what the layers are and they stand as they are, only the dtype may be new.
   const bool old_style = j.contains("torch_dtype") && !j.contains("dtype");
   const char* dtype = c.dtype == Dtype::bf16 ? "bfloat16" : c.dtype == Dtype::f16 ? "float16" : "float32";
   j[old_style ? "torch_dtype" : "dtype"] = dtype;
-  if (describes(j.dump(), c)) return j.dump(2) + "\n";
+  const bool tells = !kda || j.value("model_type", "") == "arcee_kda" || j.value("model_type", "") == "kda";
+  if (tells && describes(j.dump(), c)) return j.dump(2) + "\n";
 
-  ours = Json::parse(write_config(c));
+  const Json ours = Json::parse(write_config(c));
   for (const auto& [key, value] : ours.items()) {
     if (key == "dtype") continue;
     // Rotary settings and ids are the source's: converted layers drop positions, nothing changes them.
@@ -212,7 +213,6 @@ std::string updated_config(const ModelConfig& c) {
       continue;
     j[key] = value;
   }
-  const bool kda = std::any_of(c.layers.begin(), c.layers.end(), [](const auto& s) { return s.mixer == Mixer::kda; });
   if (kda) {
     Json rotary = Json::array();
     for (const LayerSpec& s : c.layers) rotary.push_back(s.mixer == Mixer::full && s.rope ? 1 : 0);

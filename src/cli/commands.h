@@ -14,6 +14,7 @@ void add_probe(CLI::App&);
 void add_needles(CLI::App&);
 void add_report(CLI::App&);
 void add_convert(CLI::App&);
+void add_demo(CLI::App&);
 void add_bench(CLI::App&);
 
 }  // namespace kda::cli

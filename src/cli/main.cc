@@ -20,6 +20,7 @@ constexpr void (*kCommands[])(CLI::App&) = {
     kda::cli::add_needles,
     kda::cli::add_report,
     kda::cli::add_convert,
+    kda::cli::add_demo,
     kda::cli::add_bench,
 };
 

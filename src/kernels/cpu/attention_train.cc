@@ -1,16 +1,23 @@
 // kernels/cpu/attention_train.cc — softmax attention and its gradient in square tiles of queries and keys.
 //
-// Forward: a task is a tile of queries of one key head; it walks the tiles of keys with a running maximum. Backward:
-// one pass whose tasks are tiles of keys (dk, dv) and one whose tasks are tiles of queries (dq); both recompute the
-// tile's probabilities, so nothing is shared between tasks and every sum runs in the order of positions.
+// Forward: a task is a tile of queries of one key head; it walks the tiles of keys with a running maximum. Backward: a
+// task is a tile of keys of one key head; it keeps dk and dv, walks the tiles of queries at and after it, recomputes
+// their probabilities and adds its part to dq. The parts of one tile of dq come in the order of the keys: a counter for
+// each says how many tiles of keys have been added, and a task waits for its turn. Tasks start in that order, so the
+// one that is waited for has always started. Every sum therefore runs in the order of positions, on any number of
+// threads.
 //
-// Tiles are copied into scratch with channels and tokens padded by zeros to whole vectors. A padded key gets
-// probability zero; a padded query has zeros for do and D, so it adds nothing.
+// Scores are taken times log2 e: k is scaled by d^-1/2 log2 e where it is transposed, and exponentials are powers of 2.
+// Where d is a whole number of vectors and the tile is full, rows are read where they lie; otherwise they are copied
+// and padded by zeros. A padded key gets probability zero; a padded query has zeros for do, so it adds nothing.
 #include "kernels/attention_train.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
+#include <numbers>
+#include <thread>
 #include <vector>
 
 #include "kernels/cpu/ops.h"
@@ -23,14 +30,14 @@
 
 #include <hwy/highway.h>
 
-#include <hwy/contrib/math/math-inl.h>
-
 #ifndef KDA_ATTENTION_TRAIN_ONCE
 #define KDA_ATTENTION_TRAIN_ONCE
 namespace kda::cpu {
 constexpr int64_t kTile = 64;  // queries, and keys; a multiple of 4 vectors
 
 inline int64_t padded(int64_t d) { return (d + 15) / 16 * 16; }
+
+constexpr float kLog2e = std::numbers::log2e_v<float>, kLn2 = std::numbers::ln2_v<float>;
 
 // One key head of one sequence. Strides are floats from a token to the next; query heads lie d apart.
 struct Head {
@@ -40,25 +47,33 @@ struct Head {
   float *o, *lse;            // forward: written; backward: read
   const float *d_o, *along;  // along [T,H]: do . o
   float *dq, *dk, *dv;
+  std::atomic<int32_t>* added;  // [tiles of the sequence, H] at this head: tiles of keys that dq has
 };
 
 struct TrainScratch {
-  float *qt, *dot, *kt, *vt;  // [kTile][dp] rows as they lie
-  float *kT, *vT;             // [d][kTile] transposed
-  float *s, *p;               // [kTile][kTile]
-  float *a, *b;               // sums: [group][kTile][dp], [kTile][dp]
-  float *most, *sum;          // [group][kTile]
+  float *q, *d_o, *k, *v;  // [kTile][dp] copies, where they are needed
+  float *kT, *vT;          // [dp][kTile] transposed; k times scale log2 e
+  float *s, *p;            // [kTile][kTile]
+  float *b, *c;            // [kTile][dp]
+  float* a;                // [group][kTile][dp]
+  float *most, *sum;       // [group][kTile]
 
   static int64_t floats(int64_t d, int64_t group) {
     const int64_t tile = kTile * padded(d);
-    return 7 * tile + 2 * kTile * kTile + group * (tile + 2 * kTile);
+    return 8 * tile + 2 * kTile * kTile + group * (tile + 2 * kTile);
   }
   TrainScratch(float* at, int64_t d, int64_t group) {
     const int64_t tile = kTile * padded(d);
-    qt = at, dot = qt + tile, kt = dot + tile, vt = kt + tile, kT = vt + tile, vT = kT + tile, b = vT + tile;
-    s = b + tile, p = s + kTile * kTile, a = p + kTile * kTile;
+    q = at, d_o = q + tile, k = d_o + tile, v = k + tile, kT = v + tile, vT = kT + tile, b = vT + tile, c = b + tile;
+    s = c + tile, p = s + kTile * kTile, a = p + kTile * kTile;
     most = a + group * tile, sum = most + group * kTile;
   }
+};
+
+// Rows of a tile, padded to whole vectors.
+struct Rows {
+  const float* at;
+  int64_t stride;
 };
 }  // namespace kda::cpu
 #endif
@@ -68,12 +83,14 @@ namespace kda::cpu::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 using F = hn::CappedTag<float, 16>;
 
-// c[m][n] (+)= sum_k a[m * by_m + k * by_k] b[k * ldb + n] for m < 4, N vectors of n.
-template <int N>
-HWY_INLINE void product_block(int64_t K, const float* a, int64_t by_m, int64_t by_k, const float* b, int64_t ldb,
-                              float* c, int64_t ldc, bool add) {
+// c[m][n] (+)= sum_k A[m][k] b[k * ldb + n] for m < 4, N vectors of n. A[m][k] = a[m * lda + k], or a[k * lda + m]
+// where it is turned.
+template <int N, bool kTurned>
+HWY_INLINE void product_block(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                              int64_t ldc, bool add) {
   const F f;
   const int64_t L = int64_t(hn::Lanes(f));
+  const float *r1 = a + lda, *r2 = r1 + lda, *r3 = r2 + lda;
   hn::Vec<F> s0[N], s1[N], s2[N], s3[N];
   for (int i = 0; i < N; ++i) {
     s0[i] = add ? hn::Load(f, c + i * L) : hn::Zero(f);
@@ -81,16 +98,16 @@ HWY_INLINE void product_block(int64_t K, const float* a, int64_t by_m, int64_t b
     s2[i] = add ? hn::Load(f, c + 2 * ldc + i * L) : hn::Zero(f);
     s3[i] = add ? hn::Load(f, c + 3 * ldc + i * L) : hn::Zero(f);
   }
-  for (int64_t k = 0; k < K; ++k, a += by_k, b += ldb) {
-    const auto a0 = hn::Set(f, a[0]), a1 = hn::Set(f, a[by_m]), a2 = hn::Set(f, a[2 * by_m]);
-    const auto a3 = hn::Set(f, a[3 * by_m]);
-    for (int i = 0; i < N; ++i) {
-      const auto x = hn::Load(f, b + i * L);
-      s0[i] = hn::MulAdd(a0, x, s0[i]);
-      s1[i] = hn::MulAdd(a1, x, s1[i]);
-      s2[i] = hn::MulAdd(a2, x, s2[i]);
-      s3[i] = hn::MulAdd(a3, x, s3[i]);
-    }
+  for (int64_t k = 0; k < K; ++k, b += ldb) {
+    hn::Vec<F> x[N];
+    for (int i = 0; i < N; ++i) x[i] = hn::LoadU(f, b + i * L);
+    const auto a0 = hn::Set(f, kTurned ? a[0] : a[k]), a1 = hn::Set(f, kTurned ? a[1] : r1[k]);
+    for (int i = 0; i < N; ++i) s0[i] = hn::MulAdd(a0, x[i], s0[i]);
+    const auto a2 = hn::Set(f, kTurned ? a[2] : r2[k]), a3 = hn::Set(f, kTurned ? a[3] : r3[k]);
+    for (int i = 0; i < N; ++i) s1[i] = hn::MulAdd(a1, x[i], s1[i]);
+    for (int i = 0; i < N; ++i) s2[i] = hn::MulAdd(a2, x[i], s2[i]);
+    for (int i = 0; i < N; ++i) s3[i] = hn::MulAdd(a3, x[i], s3[i]);
+    if (kTurned) a += lda;
   }
   for (int i = 0; i < N; ++i) {
     hn::Store(s0[i], f, c + i * L);
@@ -100,45 +117,52 @@ HWY_INLINE void product_block(int64_t K, const float* a, int64_t by_m, int64_t b
   }
 }
 
-// M a multiple of 4, columns one of 16.
-void product(int64_t M, int64_t columns, int64_t K, const float* a, int64_t by_m, int64_t by_k, const float* b,
-             int64_t ldb, float* c, int64_t ldc, bool add) {
-  const int64_t L = int64_t(hn::Lanes(F()));
+// M a multiple of 4, columns one of 16. Blocks of columns as wide as the registers hold.
+template <bool kTurned>
+void product(int64_t M, int64_t columns, int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+             int64_t ldc, bool add) {
+  const int64_t L = int64_t(hn::Lanes(F())), step = kTurned ? 1 : lda;
   int64_t n = 0;
-  const auto along = [&](auto block, int64_t vectors) HWY_ATTR {
-    for (; n + vectors * L <= columns; n += vectors * L)
-      for (int64_t m = 0; m < M; m += 4) block(K, a + m * by_m, by_m, by_k, b + n, ldb, c + m * ldc + n, ldc, add);
-  };
 #if HWY_TARGET <= HWY_AVX3
-  along(product_block<4>, 4);
+  for (; n + 4 * L <= columns; n += 4 * L)
+    for (int64_t m = 0; m < M; m += 4)
+      product_block<4, kTurned>(K, a + m * step, lda, b + n, ldb, c + m * ldc + n, ldc, add);
 #endif
-  along(product_block<2>, 2);
-  along(product_block<1>, 1);
+  for (; n + 2 * L <= columns; n += 2 * L)
+    for (int64_t m = 0; m < M; m += 4)
+      product_block<2, kTurned>(K, a + m * step, lda, b + n, ldb, c + m * ldc + n, ldc, add);
+  for (; n + L <= columns; n += L)
+    for (int64_t m = 0; m < M; m += 4)
+      product_block<1, kTurned>(K, a + m * step, lda, b + n, ldb, c + m * ldc + n, ldc, add);
 }
 
-// to [kTile][dp] = rows of x times `by`, zeros beyond n rows and d columns.
-void copy_tile(const float* x, int64_t stride, int64_t n, int64_t d, int64_t dp, float by, float* to) {
+// n rows of x, as they lie where that is `full` rows of whole vectors; otherwise a copy with zeros around.
+Rows rows_of(const float* x, int64_t stride, int64_t n, int64_t full, int64_t d, float* copy) {
+  const int64_t dp = padded(d);
+  if (n == full && d == dp) return {x, stride};
   for (int64_t r = 0; r < n; ++r) {
-    for (int64_t i = 0; i < d; ++i) to[r * dp + i] = x[r * stride + i] * by;
-    std::fill(to + r * dp + d, to + (r + 1) * dp, 0.0f);
+    std::copy_n(x + r * stride, d, copy + r * dp);
+    std::fill(copy + r * dp + d, copy + (r + 1) * dp, 0.0f);
   }
-  std::fill(to + n * dp, to + kTile * dp, 0.0f);
+  std::fill(copy + n * dp, copy + kTile * dp, 0.0f);
+  return {copy, dp};
 }
 
-// to[i][j] = x[j][i], for a tile as copy_tile leaves it.
-void transpose_tile(const float* x, int64_t d, int64_t dp, float* to) {
+// to[i][j] = x[j][i] * by, for kTile rows.
+void transpose_tile(const Rows& x, int64_t dp, float by, float* to) {
 #if HWY_TARGET == HWY_SCALAR
   for (int64_t j = 0; j < kTile; ++j)
-    for (int64_t i = 0; i < d; ++i) to[i * kTile + j] = x[j * dp + i];
+    for (int64_t i = 0; i < dp; ++i) to[i * kTile + j] = x.at[j * x.stride + i] * by;
 #else
-  (void)d;
   const hn::FixedTag<float, 4> f4;
   const hn::RepartitionToWide<decltype(f4)> wide;
+  const auto times = hn::Set(f4, by);
   for (int64_t i = 0; i < dp; i += 4)
     for (int64_t j = 0; j < kTile; j += 4) {
-      const float* from = x + j * dp + i;
-      const auto a = hn::Load(f4, from), b = hn::Load(f4, from + dp);
-      const auto c = hn::Load(f4, from + 2 * dp), e = hn::Load(f4, from + 3 * dp);
+      const float* from = x.at + j * x.stride + i;
+      const auto a = hn::Mul(hn::LoadU(f4, from), times), b = hn::Mul(hn::LoadU(f4, from + x.stride), times);
+      const auto c = hn::Mul(hn::LoadU(f4, from + 2 * x.stride), times);
+      const auto e = hn::Mul(hn::LoadU(f4, from + 3 * x.stride), times);
       const auto ab0 = hn::BitCast(wide, hn::InterleaveLower(f4, a, b));
       const auto ab1 = hn::BitCast(wide, hn::InterleaveUpper(f4, a, b));
       const auto ce0 = hn::BitCast(wide, hn::InterleaveLower(f4, c, e));
@@ -152,56 +176,77 @@ void transpose_tile(const float* x, int64_t d, int64_t dp, float* to) {
 #endif
 }
 
-// Highway's exp takes a NaN for minus infinity; here it must stay one.
-HWY_INLINE hn::Vec<F> exponential(hn::Vec<F> x) { return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(F(), x)); }
+// 2^x for x up to 126, about 2^-126 below -126; a NaN stays one. With x = r + f, |f| <= 1/2: 2^f by a polynomial
+// through the seven Chebyshev nodes (off by 3e-9 before rounding), r added to the exponent.
+HWY_INLINE hn::Vec<F> power_of_2(hn::Vec<F> x) {
+  const F d;
+  const hn::RebindToSigned<F> di;
+  const auto low = hn::Set(d, -126.0f);
+  const auto y = hn::IfThenElse(hn::Lt(x, low), low, x);
+  const auto r = hn::Round(y), f = hn::Sub(y, r);
+  auto p = hn::MulAdd(hn::Set(d, 1.54614447e-4f), f, hn::Set(d, 1.34004282e-3f));
+  p = hn::MulAdd(p, f, hn::Set(d, 9.61805668e-3f));
+  p = hn::MulAdd(p, f, hn::Set(d, 5.55032723e-2f));
+  p = hn::MulAdd(p, f, hn::Set(d, 2.40226509e-1f));
+  p = hn::MulAdd(p, f, hn::Set(d, 6.93147207e-1f));
+  p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
+  const auto scaled = hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::ConvertTo(di, r)));
+  return hn::IfThenElse(hn::IsNaN(x), x, hn::BitCast(d, scaled));
+}
+
+// One query's scores become exponentials against the new running maximum; zeros from key n on. Returns by what earlier
+// sums shrink.
+HWY_INLINE float exponentials(float* s, int64_t n, float& most, float& sum) {
+  const F f;
+  const int64_t L = int64_t(hn::Lanes(f));
+  const auto low = hn::Set(f, -std::numeric_limits<float>::infinity());
+  auto top = low;
+  for (int64_t j = 0; j < n; j += L) {
+    const auto x = hn::Load(f, s + j);
+    top = hn::Max(top, j + L > n ? hn::IfThenElse(hn::FirstN(f, size_t(n - j)), x, low) : x);
+  }
+  const float before = most;
+  most = std::max(before, hn::GetLane(hn::MaxOfLanes(f, top)));
+  const auto shift = hn::Set(f, most);
+  auto total = hn::Zero(f);
+  for (int64_t j = 0; j < kTile; j += L) {
+    auto e = hn::Zero(f);
+    if (j < n) {
+      e = power_of_2(hn::Sub(hn::Load(f, s + j), shift));
+      if (j + L > n) e = hn::IfThenElseZero(hn::FirstN(f, size_t(n - j)), e);
+      total = hn::Add(total, e);
+    }
+    hn::Store(e, f, s + j);
+  }
+  const float shrink = before == most ? 1.0f : std::exp2(before - most);
+  sum = sum * shrink + hn::GetLane(hn::SumOfLanes(f, total));
+  return shrink;
+}
 
 // The forward pass of queries [q0, q0 + kTile).
 void forward_tile(const Head& h, const TrainScratch& w, int64_t q0) {
   const F f;
   const int64_t L = int64_t(hn::Lanes(f)), dp = padded(h.d), rows = std::min(kTile, h.L - q0);
   const int64_t M = (rows + 3) / 4 * 4;
-  const float low = -std::numeric_limits<float>::infinity();
   std::fill_n(w.a, h.group * kTile * dp, 0.0f);
-  std::fill_n(w.most, h.group * kTile, low);
+  std::fill_n(w.most, h.group * kTile, -std::numeric_limits<float>::infinity());
   std::fill_n(w.sum, h.group * kTile, 0.0f);
   for (int64_t k0 = 0; k0 <= q0; k0 += kTile) {
-    const int64_t keys = std::min(kTile, h.L - k0);
-    copy_tile(h.k + k0 * h.k_stride, h.k_stride, keys, h.d, dp, 1, w.kt);
-    transpose_tile(w.kt, h.d, dp, w.kT);
-    copy_tile(h.v + k0 * h.k_stride, h.k_stride, keys, h.d, dp, 1, w.vt);
+    const int64_t keys = std::min(kTile, h.L - k0), at = k0 * h.k_stride;
+    transpose_tile(rows_of(h.k + at, h.k_stride, keys, kTile, h.d, w.k), dp, h.scale * kLog2e, w.kT);
+    const Rows v = rows_of(h.v + at, h.k_stride, keys, keys, h.d, w.v);
     for (int64_t g = 0; g < h.group; ++g) {
-      copy_tile(h.q + q0 * h.q_stride + g * h.d, h.q_stride, rows, h.d, dp, h.scale, w.qt);
-      product(M, kTile, h.d, w.qt, dp, 1, w.kT, kTile, w.s, kTile, false);
+      const Rows q = rows_of(h.q + q0 * h.q_stride + g * h.d, h.q_stride, rows, M, h.d, w.q);
+      product<false>(M, kTile, h.d, q.at, q.stride, w.kT, kTile, w.s, kTile, false);
       float* const o = w.a + g * kTile * dp;
       for (int64_t r = 0; r < rows; ++r) {
-        float *const s = w.s + r * kTile, &most = w.most[g * kTile + r], &sum = w.sum[g * kTile + r];
         const int64_t n = std::min(kTile, q0 + r + 1 - k0);  // keys that this query sees; at least one
-        auto top = hn::Set(f, low);
-        for (int64_t j = 0; j < kTile; j += L) {
-          auto x = hn::Load(f, s + j);
-          if (j + L > n) {
-            x = j < n ? hn::IfThenElse(hn::FirstN(f, size_t(n - j)), x, hn::Set(f, low)) : hn::Set(f, low);
-            hn::Store(x, f, s + j);
-          }
-          top = hn::Max(top, x);
-        }
-        const float before = most;
-        most = std::max(before, hn::GetLane(hn::MaxOfLanes(f, top)));
-        const auto shift = hn::Set(f, most);
-        auto total = hn::Zero(f);
-        for (int64_t j = 0; j < kTile; j += L) {
-          const auto e = exponential(hn::Sub(hn::Load(f, s + j), shift));
-          hn::Store(e, f, s + j);
-          total = hn::Add(total, e);
-        }
-        const float shrink = before == most ? 1.0f : std::exp(before - most);
-        sum = sum * shrink + hn::GetLane(hn::SumOfLanes(f, total));
-        if (shrink != 1.0f) {
-          const auto by = hn::Set(f, shrink);
-          for (int64_t i = 0; i < dp; i += L) hn::Store(hn::Mul(by, hn::Load(f, o + r * dp + i)), f, o + r * dp + i);
-        }
+        const float shrink = exponentials(w.s + r * kTile, n, w.most[g * kTile + r], w.sum[g * kTile + r]);
+        if (shrink == 1.0f) continue;
+        const auto by = hn::Set(f, shrink);
+        for (int64_t i = 0; i < dp; i += L) hn::Store(hn::Mul(by, hn::Load(f, o + r * dp + i)), f, o + r * dp + i);
       }
-      product(M, dp, keys, w.s, kTile, 1, w.vt, dp, o, dp, true);
+      product<false>(M, dp, keys, w.s, kTile, v.at, v.stride, o, dp, true);
     }
   }
   for (int64_t g = 0; g < h.group; ++g)
@@ -210,24 +255,24 @@ void forward_tile(const Head& h, const TrainScratch& w, int64_t q0) {
       const float sum = w.sum[g * kTile + r];
       float* to = h.o + (q0 + r) * h.q_stride + g * h.d;
       for (int64_t i = 0; i < h.d; ++i) to[i] = o[i] / sum;
-      h.lse[(q0 + r) * h.lse_stride + g] = w.most[g * kTile + r] + std::log(sum);
+      h.lse[(q0 + r) * h.lse_stride + g] = w.most[g * kTile + r] * kLn2 + std::log(sum);
     }
 }
 
-// p and ds of one tile for query head g: w.qt, w.dot, w.kT, w.vT are set, q times scale. w.p = p, w.s = ds; zeros where
-// the query does not see the key.
-void probabilities(const Head& h, const TrainScratch& w, int64_t g, int64_t q0, int64_t k0) {
+// w.p = p and w.s = ds of the tile, for query head g; zeros where the query does not see the key.
+void probabilities(const Head& h, const TrainScratch& w, const Rows& q, const Rows& d_o, int64_t g, int64_t q0,
+                   int64_t k0) {
   const F f;
-  const int64_t L = int64_t(hn::Lanes(f)), dp = padded(h.d), rows = std::min(kTile, h.L - q0);
+  const int64_t L = int64_t(hn::Lanes(f)), rows = std::min(kTile, h.L - q0);
   const int64_t M = (rows + 3) / 4 * 4;
-  product(M, kTile, h.d, w.qt, dp, 1, w.kT, kTile, w.p, kTile, false);
-  product(M, kTile, h.d, w.dot, dp, 1, w.vT, kTile, w.s, kTile, false);
+  product<false>(M, kTile, h.d, q.at, q.stride, w.kT, kTile, w.p, kTile, false);
+  product<false>(M, kTile, h.d, d_o.at, d_o.stride, w.vT, kTile, w.s, kTile, false);
   for (int64_t r = 0; r < rows; ++r) {
     float *p = w.p + r * kTile, *s = w.s + r * kTile;
     const int64_t at = (q0 + r) * h.lse_stride + g, n = std::min(kTile, q0 + r + 1 - k0);
-    const auto shift = hn::Set(f, h.lse[at]), along = hn::Set(f, h.along[at]);
+    const auto shift = hn::Set(f, h.lse[at] * kLog2e), along = hn::Set(f, h.along[at]);
     for (int64_t j = 0; j < kTile; j += L) {
-      auto e = exponential(hn::Sub(hn::Load(f, p + j), shift));
+      auto e = power_of_2(hn::Sub(hn::Load(f, p + j), shift));
       auto x = hn::Mul(e, hn::Sub(hn::Load(f, s + j), along));
       if (j + L > n) {
         const auto seen = hn::FirstN(f, size_t(std::max<int64_t>(0, n - j)));
@@ -242,57 +287,40 @@ void probabilities(const Head& h, const TrainScratch& w, int64_t g, int64_t q0, 
   std::fill(w.s + rows * kTile, w.s + M * kTile, 0.0f);
 }
 
-void set_queries(const Head& h, const TrainScratch& w, int64_t g, int64_t q0) {
-  const int64_t dp = padded(h.d), rows = std::min(kTile, h.L - q0), at = q0 * h.q_stride + g * h.d;
-  copy_tile(h.q + at, h.q_stride, rows, h.d, dp, h.scale, w.qt);
-  copy_tile(h.d_o + at, h.q_stride, rows, h.d, dp, 1, w.dot);
+// to = from * by, or += it.
+HWY_INLINE void put_row(const float* from, int64_t n, float by, bool add, float* to) {
+  if (add)
+    for (int64_t i = 0; i < n; ++i) to[i] += from[i] * by;
+  else
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i] * by;
 }
 
-void set_keys(const Head& h, const TrainScratch& w, int64_t k0) {
-  const int64_t dp = padded(h.d), keys = std::min(kTile, h.L - k0);
-  copy_tile(h.k + k0 * h.k_stride, h.k_stride, keys, h.d, dp, 1, w.kt);
-  copy_tile(h.v + k0 * h.k_stride, h.k_stride, keys, h.d, dp, 1, w.vt);
-  transpose_tile(w.kt, h.d, dp, w.kT);
-  transpose_tile(w.vt, h.d, dp, w.vT);
-}
-
-void store_tile(const float* x, int64_t n, int64_t d, int64_t dp, float by, float* to, int64_t stride) {
-  for (int64_t r = 0; r < n; ++r)
-    for (int64_t i = 0; i < d; ++i) to[r * stride + i] = x[r * dp + i] * by;
-}
-
-// dk and dv of keys [k0, k0 + kTile): summed over the query tiles at and after them, then over heads.
-void keys_tile(const Head& h, const TrainScratch& w, int64_t k0) {
-  const int64_t dp = padded(h.d), keys = std::min(kTile, h.L - k0);
-  set_keys(h, w, k0);
+// dk and dv of keys [k0, k0 + kTile), and their part of dq of all queries that see them.
+void backward_tile(const Head& h, const TrainScratch& w, int64_t k0) {
+  const int64_t dp = padded(h.d), keys = std::min(kTile, h.L - k0), at = k0 * h.k_stride, turn = k0 / kTile;
+  const Rows k = rows_of(h.k + at, h.k_stride, keys, kTile, h.d, w.k);
+  transpose_tile(k, dp, h.scale * kLog2e, w.kT);
+  transpose_tile(rows_of(h.v + at, h.k_stride, keys, kTile, h.d, w.v), dp, 1, w.vT);
   std::fill_n(w.a, kTile * dp, 0.0f);
   std::fill_n(w.b, kTile * dp, 0.0f);
   for (int64_t g = 0; g < h.group; ++g)
     for (int64_t q0 = k0; q0 < h.L; q0 += kTile) {
-      const int64_t rows = std::min(kTile, h.L - q0);
-      set_queries(h, w, g, q0);
-      probabilities(h, w, g, q0, k0);
-      product(kTile, dp, rows, w.p, 1, kTile, w.dot, dp, w.b, dp, true);
-      product(kTile, dp, rows, w.s, 1, kTile, w.qt, dp, w.a, dp, true);
+      const int64_t rows = std::min(kTile, h.L - q0), M = (rows + 3) / 4 * 4, q_at = q0 * h.q_stride + g * h.d;
+      const Rows q = rows_of(h.q + q_at, h.q_stride, rows, M, h.d, w.q);
+      const Rows d_o = rows_of(h.d_o + q_at, h.q_stride, rows, M, h.d, w.d_o);
+      probabilities(h, w, q, d_o, g, q0, k0);
+      product<true>(kTile, dp, rows, w.p, kTile, d_o.at, d_o.stride, w.b, dp, true);
+      product<true>(kTile, dp, rows, w.s, kTile, q.at, q.stride, w.a, dp, true);
+      product<false>(M, dp, keys, w.s, kTile, k.at, k.stride, w.c, dp, false);
+      std::atomic<int32_t>& added = h.added[q0 / kTile * h.lse_stride + g];
+      while (added.load(std::memory_order_acquire) != turn) std::this_thread::yield();
+      for (int64_t r = 0; r < rows; ++r) put_row(w.c + r * dp, h.d, h.scale, turn > 0, h.dq + q_at + r * h.q_stride);
+      added.store(int32_t(turn + 1), std::memory_order_release);
     }
-  store_tile(w.a, keys, h.d, dp, 1, h.dk + k0 * h.k_stride, h.k_stride);
-  store_tile(w.b, keys, h.d, dp, 1, h.dv + k0 * h.k_stride, h.k_stride);
-}
-
-// dq of queries [q0, q0 + kTile).
-void queries_tile(const Head& h, const TrainScratch& w, int64_t q0) {
-  const int64_t dp = padded(h.d), rows = std::min(kTile, h.L - q0), M = (rows + 3) / 4 * 4;
-  std::fill_n(w.a, h.group * kTile * dp, 0.0f);
-  for (int64_t k0 = 0; k0 <= q0; k0 += kTile) {
-    set_keys(h, w, k0);
-    for (int64_t g = 0; g < h.group; ++g) {
-      set_queries(h, w, g, q0);
-      probabilities(h, w, g, q0, k0);
-      product(M, dp, std::min(kTile, h.L - k0), w.s, kTile, 1, w.kt, dp, w.a + g * kTile * dp, dp, true);
-    }
+  for (int64_t r = 0; r < keys; ++r) {
+    put_row(w.a + r * dp, h.d, h.scale, false, h.dk + at + r * h.k_stride);
+    put_row(w.b + r * dp, h.d, 1, false, h.dv + at + r * h.k_stride);
   }
-  for (int64_t g = 0; g < h.group; ++g)
-    store_tile(w.a + g * kTile * dp, rows, h.d, dp, h.scale, h.dq + q0 * h.q_stride + g * h.d, h.q_stride);
 }
 
 }  // namespace kda::cpu::HWY_NAMESPACE
@@ -303,8 +331,7 @@ namespace kda {
 namespace cpu {
 
 HWY_EXPORT(forward_tile);
-HWY_EXPORT(keys_tile);
-HWY_EXPORT(queries_tile);
+HWY_EXPORT(backward_tile);
 
 namespace {
 struct Work {
@@ -376,14 +403,16 @@ void attention_backward(Context& ctx, const AttentionBackward& a) {
       along[r] = ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
     }
   });
-  const std::vector<Work> all = tiles(a.packing);
-  const auto keys = HWY_DYNAMIC_DISPATCH(keys_tile), queries = HWY_DYNAMIC_DISPATCH(queries_tile);
-  const int64_t half = int64_t(all.size()) * s.G;
-  ctx.pool->run(2 * half, [&](int64_t task, int worker) {
-    const bool of_keys = task < half;
-    // Early keys are seen by most queries, late queries see most keys: those start first.
-    const auto at = size_t(task % half / s.G);
-    const auto [n, tile] = all[of_keys ? at : all.size() - 1 - at];
+  std::vector<Work> all = tiles(a.packing);
+  std::vector<int64_t> first;  // tile of each sequence among all
+  for (size_t i = 0; i < all.size(); ++i)
+    if (all[i].tile == 0) first.resize(size_t(all[i].n) + 1, int64_t(i));
+  std::vector<std::atomic<int32_t>> added(all.size() * size_t(s.H));
+  // Early keys first: the order in which dq is added up, and they are seen by most queries.
+  std::stable_sort(all.begin(), all.end(), [](const Work& x, const Work& y) { return x.tile < y.tile; });
+  const auto f = HWY_DYNAMIC_DISPATCH(backward_tile);
+  ctx.pool->run(int64_t(all.size()) * s.G, [&](int64_t task, int worker) {
+    const auto [n, tile] = all[size_t(task / s.G)];
     const int64_t g = task % s.G, t0 = a.packing.host_start[size_t(n)];
     Head h = head(s, a.packing, n);
     const int64_t q_at = t0 * h.q_stride + g * s.group * s.d, k_at = t0 * h.k_stride + g * s.d;
@@ -391,8 +420,8 @@ void attention_backward(Context& ctx, const AttentionBackward& a) {
     h.q = q + q_at, h.d_o = d_o + q_at, h.dq = dq + q_at;
     h.k = k + k_at, h.v = v + k_at, h.dk = dk + k_at, h.dv = dv + k_at;
     h.lse = const_cast<float*>(lse) + row_at, h.along = along + row_at;
-    (of_keys ? keys : queries)(h, TrainScratch(scratch + worker * TrainScratch::floats(s.d, s.group), s.d, s.group),
-                               tile * kTile);
+    h.added = added.data() + first[size_t(n)] * s.H + g * s.group;
+    f(h, TrainScratch(scratch + worker * TrainScratch::floats(s.d, s.group), s.d, s.group), tile * kTile);
   });
 }
 

@@ -22,6 +22,8 @@ constexpr void (*kCommands[])(CLI::App&) = {
     kda::cli::add_convert,
     kda::cli::add_demo,
     kda::cli::add_bench,
+    kda::cli::add_distill,
+    kda::cli::add_train,
 };
 
 // A first word that is no subcommand; the parser would only say that one is missing.

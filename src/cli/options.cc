@@ -45,6 +45,12 @@ void add_model_options(CLI::App& app, ModelOptions& o) {
                  "with int8: a file to keep the converted weights in (`auto`: kda-int8.safetensors in the model folder)");
 }
 
+std::filesystem::path user_cache() {
+  if (const std::string cache = environment("XDG_CACHE_HOME"); !cache.empty()) return std::filesystem::path(cache) / "kda";
+  const std::string home = environment("HOME");
+  return std::filesystem::path(home.empty() ? "." : home) / ".cache/kda";
+}
+
 std::filesystem::path model_folder(const std::string& model) { return resolve_model(model, hub_cache()); }
 
 EngineOptions engine_options(const ModelOptions& o) {

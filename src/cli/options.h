@@ -26,6 +26,9 @@ void add_model_folder(CLI::App&, std::string& model);
 // A folder, or a hub id found in the local Hugging Face cache (HF_HUB_CACHE, HF_HOME, ~/.cache/huggingface).
 std::filesystem::path model_folder(const std::string& model);
 
+// Where files that can be made again are kept: XDG_CACHE_HOME/kda, else ~/.cache/kda.
+std::filesystem::path user_cache();
+
 // Throws Error for a device that is not there, an unknown precision, ..
 EngineOptions engine_options(const ModelOptions&);
 std::unique_ptr<Engine> open_engine(const ModelOptions&);

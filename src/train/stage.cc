@@ -37,15 +37,21 @@ void add(TeacherWants& to, const TeacherWants& more) {
   join(to.mixers, more.mixers);
 }
 
-bool wants_anything(const TeacherWants& w) { return w.logits || !w.hidden.empty() || !w.mixers.empty(); }
-}  // namespace
-
+// The regex of the mixers of a model's KDA layers.
 std::string kda_mixers(const ModelConfig& c) {
   std::string layers;
   for (size_t l = 0; l < c.layers.size(); ++l)
     if (c.layers[l].mixer == Mixer::kda) layers += cat(layers.empty() ? "" : "|", l);
   KDA_CHECK(!layers.empty(), "the student has no KDA layers to train by mixer_mse alone");
   return cat("^model\\.layers\\.(?:", layers, ")\\.self_attn\\.");
+}
+
+bool wants_anything(const TeacherWants& w) { return w.logits || !w.hidden.empty() || !w.mixers.empty(); }
+}  // namespace
+
+std::vector<ParameterRule> stage_rules(StageSpec s, const ModelConfig& c) {
+  if (s.trainable.empty() && mixers_alone(s)) s.trainable = {kda_mixers(c)};
+  return parameter_rules(s);
 }
 
 struct Stage::Impl {
@@ -73,8 +79,7 @@ struct Stage::Impl {
         steps(steps_of(s, data.tokens())),
         names(term_names(s.losses)) {
     data.seek(cursor);
-    if (spec.trainable.empty() && mixers_alone(spec)) spec.trainable = {kda_mixers(config())};
-    parameters.set_trainable(ctx, parameter_rules(spec));
+    parameters.set_trainable(ctx, stage_rules(spec, config()));
     KDA_CHECK(parameters.count() > 0, "stage '", spec.name, "': nothing is trainable");
     if (begin) begin_moments(ctx);
     batches.resize(size_t(spec.accumulate));

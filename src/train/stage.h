@@ -60,7 +60,8 @@ class Stage {
   std::unique_ptr<Impl> impl_;
 };
 
-// The regex of the mixers of a model's KDA layers.
-std::string kda_mixers(const ModelConfig&);
+// What a stage trains, as Parameters takes it: parameter_rules(), and with mixer_mse alone the KDA mixers if the stage
+// does not say.
+std::vector<ParameterRule> stage_rules(StageSpec, const ModelConfig&);
 
 }  // namespace kda

@@ -202,16 +202,15 @@ std::unique_ptr<Rows> open_folder_of_shards(const fs::path& folder) {
 
 TextEncoder TextEncoder::load(const fs::path& model_folder, int32_t eos, int32_t vocabulary) {
   const fs::path file = model_folder / "tokenizer.json";
-  KDA_CHECK(path_exists(file), file.string(),
-            ": not there; text needs a tokenizer (or give `input_ids` or token shards)");
+  KDA_CHECK(path_exists(file), file.string(), ": not there; text needs a tokenizer, token shards need none");
   const std::string json = read_file(file);
   TextEncoder e{Tokenizer::from_json(json), {}, eos, vocabulary};
   e.fingerprint = Sha256().add(json).add(cat("\neos ", eos)).hex();
   return e;
 }
 
-std::unique_ptr<Rows> open_text(const fs::path& path, const TextEncoder& encoder, const TextOptions& options,
-                                ThreadPool& pool) {
+std::unique_ptr<Rows> open_text(const fs::path& path, const std::function<const TextEncoder&()>& get_encoder,
+                                const TextOptions& options, ThreadPool& pool) {
   const std::vector<Source> sources = sources_of(path);
   const auto shards =
       std::count_if(sources.begin(), sources.end(), [](const Source& s) { return s.kind == Kind::shard; });
@@ -223,6 +222,7 @@ std::unique_ptr<Rows> open_text(const fs::path& path, const TextEncoder& encoder
     return open_shards(files);
   }
 
+  const TextEncoder& encoder = get_encoder();
   std::vector<std::shared_ptr<const MappedFile>> files;
   int64_t total = 0, done = 0;
   for (const Source& s : sources) {

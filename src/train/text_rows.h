@@ -37,6 +37,8 @@ struct TextOptions {
 // Text goes through the tokenizer with its special tokens, an end-of-text id is put after it. Throws Error for anything
 // else, naming file and line; a Hugging Face data set on disk, Parquet or Arrow is refused with the command that
 // exports it.
-std::unique_ptr<Rows> open_text(const std::filesystem::path&, const TextEncoder&, const TextOptions&, ThreadPool&);
+// `encoder` is asked for only when there is something to encode or to check.
+std::unique_ptr<Rows> open_text(const std::filesystem::path&, const std::function<const TextEncoder&()>& encoder,
+                                const TextOptions&, ThreadPool&);
 
 }  // namespace kda

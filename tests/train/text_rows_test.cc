@@ -27,7 +27,9 @@ Opened open(const fs::path& path, const fs::path& cache, int threads = 2, const 
                         o.tokenized += std::string(what) == "tokenizing";
                         EXPECT_LE(done, total);
                       }};
-  const auto rows = open_text(path, encoder(), options, pool);
+  const TextEncoder e = encoder();
+  const auto rows = open_text(
+      path, [&]() -> const TextEncoder& { return e; }, options, pool);
   for (int64_t r = 0; r < rows->count(); ++r) {
     o.rows.emplace_back(size_t(rows->length(r)));
     rows->read(r, 0, o.rows.back());

@@ -3,7 +3,7 @@
 
 nano-teacher to a KDA-only student, every parameter trainable, 4 sequences of 1024 tokens, KL to the teacher's dense
 logits at T = 1, AdamW. KDA runs in chunks of 64 as batched matrix products and autograd differentiates it; nothing
-loops over tokens. Decays of pairs within a square of 16 tokens are exponentials of differences, all others go through
+loops over tokens. Decays of pairs within a square of 4 tokens are exponentials of differences, all others go through
 a reference at the start of the later block, so that no exponent is above 0.
 
     python bench/train_peer.py --check                   the chunked form against the recurrence in float64
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-CHUNK, BLOCK = 64, 16
+CHUNK, BLOCK = 64, 4  # the fastest pair with chunks of 64 on two cores
 
 
 def kda_recurrent(q, k, v, log_decay, beta):
@@ -41,26 +41,27 @@ def decayed_products(rows, k, b):
     n = C // BLOCK
     lead = k.shape[:-2]
     cut = lambda x: x.reshape(*lead, n, BLOCK, K)
-    bb, kb = cut(b), cut(k)
-    lower = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=k.device).tril()
-    difference = (bb.unsqueeze(-2) - bb.unsqueeze(-3)).masked_fill(~lower[..., None], -math.inf)
-    weighted = difference.exp() * kb.unsqueeze(-3)  # [..,n,t,i,K]
-    out = []
-    for x in rows:
-        diagonal = (weighted @ cut(x).unsqueeze(-1)).squeeze(-1)  # [..,n,t,i]
-        parts = []
-        for j in range(n):
-            row = [diagonal[..., j, :, :]]
+    bb, kb, xb = cut(b), cut(k), [cut(x) for x in rows]
+    above = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=k.device).triu(1)
+    difference = (bb.unsqueeze(-2) - bb.unsqueeze(-3)).masked_fill_(above[..., None], -math.inf)
+    weighted = difference.exp_() * kb.unsqueeze(-3)  # [..,n,t,i,K]
+    diagonal = [(weighted @ x.unsqueeze(-1)).squeeze(-1).unbind(-3) for x in xb]  # [..,t,i]
+    # unbind, not slices: the gradient of a slice is a whole tensor of zeros
+    b_blocks, k_blocks, x_blocks = bb.unbind(-3), kb.unbind(-3), [x.unbind(-3) for x in xb]
+    out = [[] for _ in rows]
+    for j in range(n):
+        if j:
+            r = b_blocks[j - 1][..., -1:, :]
+            fall = (b_blocks[j] - r).exp()
+            right = (torch.cat(k_blocks[:j], -2) * (r - torch.cat(b_blocks[:j], -2)).exp()).transpose(-1, -2)
+        for m in range(len(rows)):
+            row = [diagonal[m][j]]
             if j:
-                r = b[..., j * BLOCK - 1, None, :]
-                left = x[..., j * BLOCK:(j + 1) * BLOCK, :] * (b[..., j * BLOCK:(j + 1) * BLOCK, :] - r).exp()
-                right = k[..., :j * BLOCK, :] * (r - b[..., :j * BLOCK, :]).exp()
-                row.insert(0, left @ right.transpose(-1, -2))
+                row.insert(0, (x_blocks[m][j] * fall) @ right)
             if j + 1 < n:
-                row.append(x.new_zeros(*lead, BLOCK, C - (j + 1) * BLOCK))
-            parts.append(torch.cat([y.to(x.dtype) for y in row], -1))
-        out.append(torch.cat(parts, -2))
-    return out
+                row.append(b.new_zeros(*lead, BLOCK, C - (j + 1) * BLOCK))
+            out[m].append(torch.cat(row, -1))
+    return [torch.cat(x, -2) for x in out]
 
 
 def kda_chunked(q, k, v, log_decay, beta):
@@ -73,17 +74,16 @@ def kda_chunked(q, k, v, log_decay, beta):
     last = b[..., -1:, :]
     P, L = decayed_products([q, k], k, b)
     decay = b.exp()
-    system = beta * L.tril(-1) + torch.eye(CHUNK, device=q.device, dtype=q.dtype)
+    system = beta * L.tril(-1)  # the solve takes its diagonal for ones
     right = beta * torch.cat([v, k * decay], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    U0, W = solved[..., :V], solved[..., V:]
-    Qd, Kd, E = q * decay, k * (last - b).exp(), last.exp()
-    state = q.new_zeros(B, H, V, K)
+    parts = [x.unbind(2) for x in (solved[..., :V], solved[..., V:], q * decay, k * (last - b).exp(), last.exp(), P)]
+    state = q.new_zeros(B, H, K, V)
     out = []
-    for n in range(N):
-        U = U0[:, :, n] - W[:, :, n] @ state.transpose(-1, -2)
-        out.append(Qd[:, :, n] @ state.transpose(-1, -2) + P[:, :, n] @ U)
-        state = state * E[:, :, n] + U.transpose(-1, -2) @ Kd[:, :, n]
+    for U0, W, Qd, Kd, E, p in zip(*parts):
+        U = U0 - W @ state
+        out.append(Qd @ state + p @ U)
+        state = state * E.transpose(-1, -2) + Kd.transpose(-1, -2) @ U
     return torch.stack(out, 2).reshape(B, H, T, V)
 
 
@@ -186,7 +186,7 @@ def check():
         direction = torch.randn_like(want)
         (want * direction).sum().backward()
         (got * direction.float()).sum().backward()
-        error = lambda a, b: float((a.double() - b).norm() / b.norm())
+        error = lambda a, b: float((a.detach().double() - b.detach()).norm() / b.detach().norm())
         names = ["q", "k", "v", "log_decay", "beta"]
         errors = [error(got, want)] + [error(a.grad, b.grad) for a, b in zip(got_in, want_in)]
         print(f"decay x{strength}: o {errors[0]:.1e} " + " ".join(f"d_{n} {e:.1e}" for n, e in zip(names, errors[1:])))
@@ -204,6 +204,7 @@ def main():
     p.add_argument("--check", action="store_true")
     o = p.parse_args()
     torch.set_num_threads(o.threads)
+    torch.set_flush_denormal(True)
     if o.check:
         return check()
     teacher = Model(o.teacher, kda=False)
@@ -226,7 +227,7 @@ def main():
             seconds.append(time.perf_counter() - at)
         median = statistics.median(seconds[1:])
         print(f"torch {torch.__version__}, {o.threads} threads, {precision}: {ids.numel() / median:.0f} tok/s, "
-              f"{median:.2f} s a step of {ids.numel()} tokens (median of {o.steps} after one), loss {loss.item():.4f}")
+              f"{median:.2f} s a step of {ids.numel()} tokens (median of {o.steps} after one), loss {float(loss.detach()):.4f}")
 
 
 if __name__ == "__main__":

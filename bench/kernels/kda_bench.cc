@@ -6,105 +6,25 @@
 // A result off its reference by more than the tests allow is not timed: the program ends with status 1.
 //
 //   kda_bench [THREADS [SECONDS]]      0 threads or nothing: one per core; seconds for each line, 1 unless given
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 
 #include "bench/kernels/device.h"
+#include "bench/kernels/probe.h"
 #include "kernels/conv.h"
 #include "kernels/kda_decode.h"
 #include "kernels/kda_prep.h"
 #include "tests/kernels/kda_problem.h"
-
-#undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "bench/kernels/kda_bench.cc"
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL)
-#include <hwy/foreach_target.h>
-// foreach_target.h comes before highway.h
-#include <hwy/highway.h>
-
-HWY_BEFORE_NAMESPACE();
-namespace kda::bench::HWY_NAMESPACE {
-namespace hn = hwy::HWY_NAMESPACE;
-
-// Flops done by one thread; twelve independent chains of multiply-adds.
-double MultiplyAdds(int64_t rounds, float* sink) {
-  const hn::CappedTag<float, 16> d;
-  using VF = hn::Vec<decltype(d)>;
-  VF a[12];
-  for (int i = 0; i < 12; ++i) a[i] = hn::Set(d, float(i));
-  const VF m = hn::Set(d, 0.999f), c = hn::Set(d, 1e-3f);
-  for (int64_t r = 0; r < rounds; ++r) {
-    HWY_UNROLL(12)
-    for (int i = 0; i < 12; ++i) a[i] = hn::MulAdd(a[i], m, c);
-  }
-  for (int i = 1; i < 12; ++i) a[0] = hn::Add(a[0], a[i]);
-  *sink = hn::GetLane(a[0]);
-  return double(rounds) * 12 * 2 * double(hn::Lanes(d));
-}
-
-}  // namespace kda::bench::HWY_NAMESPACE
-HWY_AFTER_NAMESPACE();
-
-#if HWY_ONCE
-namespace kda::bench {
-HWY_EXPORT(MultiplyAdds);
-}
 
 using namespace kda;
 using namespace kda::test;
 
 namespace {
 
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 double budget = 1;
 
-// Sorted ms of f, run for the budget and at least 5 times.
-std::vector<double> time_ms(const std::function<void()>& f) {
-  f();
-  std::vector<double> ms;
-  for (const double end = seconds() + budget; ms.size() < 5 || seconds() < end;) {
-    const double t = seconds();
-    f();
-    ms.push_back((seconds() - t) * 1e3);
-  }
-  std::sort(ms.begin(), ms.end());
-  return ms;
-}
-
-double probe_flops(Context& ctx) {
-  double best = 0;
-  for (int i = 0; i < 5; ++i) {
-    std::vector<double> done(size_t(ctx.pool->threads()));
-    std::vector<float> sink(done.size());
-    const double t = seconds();
-    ctx.pool->run(ctx.pool->threads(), [&](int64_t n, int) {
-      done[size_t(n)] = HWY_DYNAMIC_DISPATCH(bench::MultiplyAdds)(20'000'000, &sink[size_t(n)]);
-    });
-    double all = 0;
-    for (double x : done) all += x;
-    best = std::max(best, all / (seconds() - t));
-  }
-  return best;
-}
-
-// Bytes read and written per second by a copy of memory larger than any cache.
-double probe_copy(Context& ctx) {
-  const int64_t block = 1 << 20, blocks = 256;
-  Tensor a = host_tensor(Dtype::u8, {block * blocks}), b = host_tensor(Dtype::u8, {block * blocks});
-  double best = 0;
-  for (int i = 0; i < 4; ++i) {
-    const double t = seconds();
-    ctx.pool->run(blocks, [&](int64_t n, int) {
-      std::memcpy(b.v.as<uint8_t>() + n * block, a.v.as<uint8_t>() + n * block, size_t(block));
-    });
-    if (i) best = std::max(best, 2.0 * double(block) * double(blocks) / (seconds() - t));
-  }
-  return best;
-}
+std::vector<double> time_ms(const std::function<void()>& f) { return bench::time_ms(budget, f); }
 
 constexpr int64_t H = 20, K = 128, V = 128;
 double copy_speed, flop_speed;  // per second
@@ -267,12 +187,11 @@ int main(int argc, char** argv) {
   threads = ThreadPool(argc > 1 ? std::atoi(argv[1]) : 0).threads();
   if (argc > 2) budget = std::atof(argv[2]);
   CpuContext ctx(threads);
-  flop_speed = probe_flops(ctx);
-  copy_speed = probe_copy(ctx);
+  flop_speed = bench::probe_flops(ctx);
+  copy_speed = bench::probe_copy(ctx);
   for (const auto& [N, T] : {std::pair<int64_t, int64_t>{1, 16}, {1, 512}, {1, 2048}, {4, 512}})
     bench_forward(ctx, N, T);
   bench_around(ctx, 512);
   for (const int64_t N : {1, 4}) bench_decode(ctx, N, 36);
   bench_decode(ctx, 1, 1);
 }
-#endif

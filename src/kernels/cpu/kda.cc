@@ -137,6 +137,13 @@ void ForwardHead(const KdaForward& a, int64_t start, int64_t T, int64_t h, const
       std::copy_n(w.L, C * C, chunk + KdaKept::L);
       std::copy_n(w.P, C * C, chunk + KdaKept::P);
     }
+    if (const int64_t more = std::min(C, start + T - t - C); more > 0) {
+      const int64_t next = (t + C) * H + h;
+      Ask(a.q.as<float>() + next * K, more, H * K, K);
+      Ask(a.k.as<float>() + next * K, more, H * K, K);
+      Ask(a.log_decay.as<float>() + next * K, more, H * K, K);
+      Ask(a.v.as<float>() + next * V, more, H * V, V);
+    }
     for (int64_t v = 0; v < V; v += W) {
       float* panel = w.state + v * Kp;
       for (int64_t r = 0; r < n; r += kTile) {

@@ -98,12 +98,13 @@ HWY_INLINE void SolveBack(const Back& b, int64_t n, const float* L, const float*
       if (t >= n) continue;
       const VF dot = LoadPart(d, d_o + t * H * V + c, left);
       hn::Store(dot, d, outer + t * Vp);
-      VF du = hn::MulAdd(hn::Set(d, P[t * C + t]), dot, hn::Load(d, b.out + t * W + c));
+      VF read = hn::MulAdd(hn::Set(d, P[t * C + t]), dot, hn::Load(d, b.out + t * W + c)), later = hn::Zero(d);
       HWY_UNROLL(16)
-      for (int j = t + 1; j < C; ++j) {
-        du = hn::MulAdd(hn::Set(d, P[t * C + j]), hn::Load(d, outer + j * Vp), du);
-        du = hn::MulAdd(hn::Set(d, L[t * C + j]), minus[j], du);
+      for (int j = C - 1; j > t; --j) {  // what is known last comes last
+        read = hn::MulAdd(hn::Set(d, P[t * C + j]), hn::Load(d, outer + j * Vp), read);
+        later = hn::MulAdd(hn::Set(d, L[t * C + j]), minus[j], later);
       }
+      const VF du = hn::Add(read, later);
       hn::Store(hn::MulAdd(du, hn::LoadU(d, x + t * Vp + c), hn::Load(d, b.sums + t * N)), d, b.sums + t * N);
       const VF dx = hn::Mul(hn::Set(d, beta[t * H]), du);
       minus[t] = hn::Neg(dx);
@@ -160,6 +161,7 @@ HWY_INLINE void BackwardChunk(const KdaBackward& a, const Back& b, int64_t c, in
     L = l, P = p;
   }
   std::fill_n(b.sums, C * N, 0.0f);
+  Ask<true>(a.dv.as<float>() + th * V, n, H * V, V);
   for (int64_t v = 0; v < V; v += W) {
     for (int64_t r = 0; r < C; r += kTile) MeetState(w.rest + r * Kp, Kp, K, b.d_state_t + v * Kp, b.out + r * W);
     SolveBack(b, n, L, P, kept + KdaKept::x + v, a.beta.as<float>() + th, a.d_o.as<float>() + th * V + v,
@@ -169,10 +171,13 @@ HWY_INLINE void BackwardChunk(const KdaBackward& a, const Back& b, int64_t c, in
   SumRows(b.sums, d_beta);
   for (int64_t t = 0; t < n; ++t) a.d_beta.as<float>()[th + t * H] = d_beta[t];
 
+  Ask<true>(a.dq.as<float>() + th * K, n, H * K, K);
   ScoreGradients(b, b.u(c));
+  Ask<true>(a.dk.as<float>() + th * K, n, H * K, K);
   for (int64_t p = 0; p < K; p += W) {
     const float *S = b.state(c) + p * Vp, *dS = b.d_state + p * Vp;
     for (int64_t r = 0; r < 2 * C; r += kTile) MeetState(b.d_rows + r * Vp, Vp, V, S, b.out + r * W);
+    if (p == 0) Ask<true>(a.d_log_decay.as<float>() + th * K, n, H * K, K);
     for (int64_t r = 0; r < C; r += kTile) MeetState(b.u(c) + r * Vp, Vp, V, dS, b.out + (2 * C + r) * W);
     for (int64_t j = 0; j < W && p + j < K; j += N) {
       const VF whole = hn::Mul(hn::Load(d, w.total + p + j), ColumnProduct(S + j, dS + j, Vp));
@@ -221,8 +226,16 @@ void BackwardHead(const KdaBackward& a, int64_t start, int64_t T, int64_t h, con
           hn::Store(hn::Mul(hn::Set(d, beta[t * H]), hn::LoadU(d, x + t * Vp + v)), d, b.u(c) + t * Vp + v);
       if (c + 1 < count) WritePanels(b, b.state(c), w.total, b.u(c), w.rest, C, b.state(c + 1));
     }
-    for (int64_t c = count - 1; c >= 0; --c)
+    for (int64_t c = count - 1; c >= 0; --c) {
+      const int64_t th = (start + (first + c) * C) * H + h, next = th - C * H, back = th - kKdaSpan * C * H;
+      if (first + c > 0) Ask(a.d_o.as<float>() + next * V, C, H * V, V);
+      if (span > 0) {  // of the span before, in whose turn they are read all at once
+        Ask(a.q.as<float>() + back * K, C, H * K, K);
+        Ask(a.k.as<float>() + back * K, C, H * K, K);
+        Ask(a.log_decay.as<float>() + back * K, C, H * K, K);
+      }
       BackwardChunk(a, b, c, start + (first + c) * C, tokens(c), h, kept.chunk(first + c));
+    }
   }
   if (dS_in) StorePanels(b, dS_in, K, V);
 }

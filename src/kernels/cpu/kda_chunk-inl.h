@@ -27,6 +27,13 @@ struct Rows {
   float *decayed, *k, *q, *rest, *decay, *total;
 };
 
+// Asks for n rows of `width` floats before they are needed: a head's rows lie too far apart for the CPU to guess them.
+template <bool kWrite = false>
+HWY_INLINE void Ask(const float* rows, int64_t n, int64_t stride, int64_t width) {
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(rows + t * stride + c, kWrite);
+}
+
 // Everything of a chunk of n tokens that does not touch the state, for G vectors of channels from j on. Rows of q, k
 // and g are `stride` floats apart; `left` channels remain.
 template <int G>
@@ -76,6 +83,7 @@ HWY_INLINE void Prepare(const Rows& w, const float* q, const float* k, const flo
   const float scale = 1.0f / std::sqrt(float(K));
   int64_t j = 0;
   for (; j + kGroup * N <= K; j += kGroup * N) PrepareColumns<kGroup>(w, q, k, g, n, stride, scale, j, K - j);
+  for (; j + 4 * N <= K; j += 4 * N) PrepareColumns<4>(w, q, k, g, n, stride, scale, j, K - j);
   for (; j < K; j += N) PrepareColumns<1>(w, q, k, g, n, stride, scale, j, K - j);
   for (; j < Kp; j += N) {  // padding beyond the last vector used above
     hn::Store(hn::Zero(d), d, w.total + j);
@@ -122,6 +130,7 @@ HWY_INLINE void Scores(const Rows& w, int64_t n, int64_t K, float* sums, float* 
     float *kk = sums, *qk = sums + C * C;
     int64_t j = 0;
     for (; j + kGroup * N <= K; j += kGroup * N) ScoreColumns<kGroup>(w, i, n, j, kk, qk);
+    for (; j + 4 * N <= K; j += 4 * N) ScoreColumns<4>(w, i, n, j, kk, qk);
     for (; j < K; j += N) ScoreColumns<1>(w, i, n, j, kk, qk);
     SumRows(kk, L + i * C);
     SumRows(qk, P + i * C);

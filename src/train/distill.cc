@@ -247,7 +247,8 @@ class Run {
         p.terms[stage_->terms()[i]] = r.sums.terms[i] / double(r.sums.tokens);
       hooks_.step(p);
     }
-    if (state_.step % run_.log_every != 0 && state_.step != 1) return;
+    const bool last = state_.stage_step == stage_->steps();  // the next stage has other losses
+    if (state_.step % run_.log_every != 0 && state_.step != 1 && !last) return;
     write(train_line(place(), interval_, stage_->terms(), r.lr, r.gradient_norm, rate));
     interval_ = {};
     interval_tokens_ = 0;

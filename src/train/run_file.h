@@ -24,6 +24,7 @@ enum class TeacherKind { none, live, stored };
 struct TeacherSpec {
   TeacherKind kind = TeacherKind::none;
   std::string path = {};  // live: a model folder; stored: empty, the rows of the training data carry its log-probabilities
+  std::string codec = {};  // stored, Parquet: DistillKit's logprob_compressor as one JSON object
   int64_t top_k = 0;  // live: only so many of its likeliest ids count; 0: all
 };
 

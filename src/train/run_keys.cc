@@ -66,13 +66,19 @@ const Keys<TeacherSpec>& teacher_keys() {
                                        "folder written by kda capture"),
       text("path", {}, &TeacherSpec::path, "hf: model folder, or owner/name in the local Hugging Face cache"),
       harmless<TeacherSpec>("kwargs", "how the model is loaded follows from its files"),
-      {"top_k", {}, "hf: only so many of its likeliest ids count; default: all",
+      {"top_k",
+       {},
+       "hf: only so many of its likeliest ids count; default: all",
        [](TeacherSpec& t, const Yaml& y, Notes&) {
          t.top_k = y.kind == Yaml::Kind::null ? 0 : whole(y, "top_k", 1, 4096);
        },
        [](const TeacherSpec& t) { return t.top_k ? scalar(std::to_string(t.top_k)) : Yaml{}; }},
-      harmless<TeacherSpec>("logprob_compressor", "the folder says how its rows are packed"),
-      harmless<TeacherSpec>("legacy_logit_compression", "the folder says how its rows are packed"),
+      {"logprob_compressor",
+       {},
+       "dataset: how Parquet rows are packed; a folder of kda capture says so itself",
+       [](TeacherSpec& t, const Yaml& y, Notes&) { t.codec = y.kind == Yaml::Kind::null ? "" : to_json(y); },
+       [](const TeacherSpec& t) { return t.codec.empty() ? Yaml{} : scalar(t.codec); }},  // JSON is YAML
+      refused<TeacherSpec>("legacy_logit_compression", "read such rows with DistillKit, or capture them again"),
   };
   return keys;
 }
@@ -236,7 +242,7 @@ const Keys<Draft>& training_args_keys() {
     k.push_back(refused<Draft>("save_strategy", "save_steps says when", {"steps"}));
     k.push_back(refused<Draft>("eval_strategy", "eval.every (eval_steps) says when", {"steps", "no"}));
     k.push_back(refused<Draft>("evaluation_strategy", "eval.every (eval_steps) says when", {"steps", "no"}));
-    k.push_back(refused<Draft>("load_best_model_at_end", "checkpoint-best is kept beside the final model"));
+    k.push_back(refused<Draft>("load_best_model_at_end", "best/ is kept beside final/"));
     k.push_back(refused<Draft>("deepspeed", "one process trains"));
     k.push_back(refused<Draft>("fsdp", "one process trains"));
     return k;

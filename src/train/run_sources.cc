@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/sha256.h"
+#include "train/stored_teacher.h"
 #include "train/text_rows.h"
 
 namespace kda {
@@ -37,6 +38,7 @@ class DataOpener {
   }
 
   std::shared_ptr<const Rows> open(const DatasetSpec& d) {
+    if (is_stored_logprobs(d.path)) return stored_rows(open_stored_logprobs(d.path));  // its ids alone
     TextOptions options = options_;
     options.text_key = d.text_key;
     return open_text(
@@ -57,6 +59,23 @@ class DataOpener {
   TextOptions options_;
   std::unique_ptr<TextEncoder> encoder_;
 };
+
+std::shared_ptr<const StoredLogprobs> open_stored(const DistillInput& in, const ModelConfig& student) {
+  const std::string& path = in.run.datasets.at(0).path;
+  KDA_CHECK(is_stored_logprobs(path), path,
+            ": teacher.kind is dataset, but this is neither a folder of kda capture nor "
+            "Parquet with a teacher's log-probabilities");
+  std::optional<LogprobCodecConfig> codec;
+  if (!in.run.teacher.codec.empty()) codec = parse_codec_config(in.run.teacher.codec, "teacher.logprob_compressor");
+  auto stored = open_stored_logprobs(path, codec);
+  KDA_CHECK(stored->vocabulary() == student.vocabulary, path, ": the stored teacher has ", stored->vocabulary(),
+            " tokens, the student ", student.vocabulary);
+  const fs::path tokenizer = in.student / "tokenizer.json";
+  KDA_CHECK(stored->tokenizer().empty() || !path_exists(tokenizer) ||
+                Sha256().add(read_file(tokenizer)).hex() == stored->tokenizer(),
+            path, ": was captured with another tokenizer than ", tokenizer.string());
+  return stored;
+}
 }  // namespace
 
 int64_t share_tensors(Checkpoint& student, const Checkpoint& teacher, ThreadPool& pool) {
@@ -102,10 +121,12 @@ RunSources open_sources(const DistillInput& in, const DistillHooks& hooks, Threa
     s.teacher_weights = std::make_unique<Weights>(arrange_weights(*s.teacher));
   }
 
+  std::shared_ptr<const StoredLogprobs> stored;
+  if (run.teacher.kind == TeacherKind::stored) stored = open_stored(in, s.student.config);
   DataOpener opener(in, hooks, s.student.config, pool);
   Sha256 fingerprint;
   for (const DatasetSpec& d : run.datasets) {
-    s.data.push_back({opener.open(d), d.weight});
+    s.data.push_back({stored ? stored_rows(stored) : opener.open(d), d.weight});
     fingerprint.add(s.data.back().rows->fingerprint());
   }
   KDA_CHECK(run.dataset_rows == 0 || s.data.size() == 1, "dataset.num_samples goes with one data set, here are ",
@@ -123,6 +144,7 @@ RunSources open_sources(const DistillInput& in, const DistillHooks& hooks, Threa
     s.data[0].rows = split.train;
     s.held_out = split.held_out;
   }
+  if (stored) s.stored = [stored](Context& ctx, int64_t rows) { return stored_teacher(ctx, stored, rows); };
   for (const DataPart& p : s.data) fingerprint.add(p.rows->fingerprint());
   s.data_fingerprint = fingerprint.hex();
   return s;

@@ -15,8 +15,8 @@ struct RunSources {
   std::unique_ptr<Checkpoint> teacher;  // live
   std::unique_ptr<Weights> teacher_weights;
   std::vector<DataPart> data;
-  std::shared_ptr<const Rows> held_out;              // or null
-  std::function<std::unique_ptr<Teacher>()> stored;  // a stored teacher, or empty
+  std::shared_ptr<const Rows> held_out;                                    // or null
+  std::function<std::unique_ptr<Teacher>(Context&, int64_t rows)> stored;  // see StageInput
   std::string data_fingerprint;
 };
 

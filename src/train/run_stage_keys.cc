@@ -150,9 +150,9 @@ const Keys<StageSpec>& stage_keys() {
          [](S& s, const Yaml& y, Notes& n) { s.rates = read_list(y, rate_keys(), "rates", n); },
          [](const S& s) { return show_list(s.rates, rate_keys()); }},
         count("sequence_length", {}, &S::sequence_length, 2, 1 << 26,
-              "rows are cut into pieces of at most so many tokens"),
+              "obligatory: rows are cut into pieces of at most so many tokens"),
         count("batch_size", {"per_device_train_batch_size"}, &S::batch_size, 1, 1 << 26,
-              "a batch has batch_size * sequence_length tokens, without padding"),
+              "obligatory: a batch has batch_size * sequence_length tokens, without padding"),
         count("gradient_accumulation_steps", {"accumulate"}, &S::accumulate, 1, 1 << 26,
               "batches to one optimizer step"),
         count("tokens", {}, &S::tokens, 0, kMost, "length of the stage, rounded up to whole steps"),
@@ -162,7 +162,7 @@ const Keys<StageSpec>& stage_keys() {
          [](S& s, const Yaml& y, Notes&) { s.steps = std::max<int64_t>(0, whole(y, "max_steps", -1, kMost)); },
          [](const S& s) { return scalar(std::to_string(s.steps)); }},
         real("num_train_epochs", {"epochs"}, &S::epochs, 0, 1e6, "length of the stage, when max_steps is not given"),
-        real("learning_rate", {"lr"}, &S::lr, 0, 1e3, "at the schedule's peak"),
+        real("learning_rate", {"lr"}, &S::lr, 0, 1e3, "obligatory: at the schedule's peak"),
     };
     append(k, schedule);
     append<S>(

@@ -102,14 +102,14 @@ struct Stage::Impl {
       sizes.rows = std::max(sizes.rows, of_held.rows);
       sizes.sequences = std::max(sizes.sequences, of_held.sequences);
       held_out = std::make_unique<HeldOut>(ctx, parameters.weights(), std::move(held.batches), losses,
-                                           in.teacher || in.stored, sizes);
+                                           in.teacher != nullptr || in.stored != nullptr, sizes);
       add(wants, held_out->wants());
       if (in.teacher) wants.logits = true;  // for top1
       longest = std::max(longest, held.length);
       teacher_rows = std::max(teacher_rows, of_held.rows);
     }
     if (in.stored && wants_anything(wants))
-      teacher = in.stored();
+      teacher = in.stored(ctx, teacher_rows);
     else if (in.teacher && wants_anything(wants))
       teacher = live_teacher(ctx, *in.teacher, wants, teacher_rows, longest);
     bytes_of_pass = TrainPass::plan(ctx, parameters.weights(), sizes);

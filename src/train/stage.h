@@ -17,8 +17,9 @@ namespace kda {
 struct StageInput {
   const RunFile* run = nullptr;
   Parameters* parameters = nullptr;
-  const Weights* teacher = nullptr;                       // live, or null
-  std::function<std::unique_ptr<Teacher>()> stored = {};  // a teacher of stored log-probabilities, or empty
+  const Weights* teacher = nullptr;  // live, or null
+  // A teacher of stored log-probabilities for batches of so many tokens, or empty.
+  std::function<std::unique_ptr<Teacher>(Context&, int64_t rows)> stored = {};
   std::vector<DataPart> data;
   std::shared_ptr<const Rows> held_out;  // or null
 };

@@ -202,7 +202,7 @@ std::unique_ptr<Rows> open_folder_of_shards(const fs::path& folder) {
 
 TextEncoder TextEncoder::load(const fs::path& model_folder, int32_t eos, int32_t vocabulary) {
   const fs::path file = model_folder / "tokenizer.json";
-  KDA_CHECK(path_exists(file), file.string(), ": not there; text needs a tokenizer, token shards need none");
+  KDA_CHECK(path_exists(file), file.string(), ": not there; text needs the tokenizer that belongs to the model; put it there (token shards need none)");
   const std::string json = read_file(file);
   TextEncoder e{Tokenizer::from_json(json), {}, eos, vocabulary};
   e.fingerprint = Sha256().add(json).add(cat("\neos ", eos)).hex();

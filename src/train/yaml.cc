@@ -4,8 +4,10 @@
 #include <yaml-cpp/yaml.h>
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "base/error.h"
@@ -50,7 +52,9 @@ class Builder : public YAML::EventHandler {
   void OnMapEnd() override { close(); }
 
  private:
-  std::string where(const YAML::Mark& mark) const { return mark.is_null() || !lines_ ? name_ : cat(name_, ":", mark.line + 1); }
+  std::string where(const YAML::Mark& mark) const {
+    return mark.is_null() || !lines_ ? name_ : cat(name_, ":", mark.line + 1);
+  }
   [[noreturn]] void refuse(const YAML::Mark& mark, const std::string& what) const {
     throw Error(cat(where(mark), ": ", what, " are not read in a run file; write the value out"));
   }
@@ -169,6 +173,35 @@ void set_yaml(Yaml& root, std::string_view setting) {
     from = to + 1;
   }
   *at = std::move(value);
+}
+
+namespace {
+nlohmann::ordered_json json_of(const Yaml& y) {
+  using Json = nlohmann::ordered_json;
+  switch (y.kind) {
+    case Yaml::Kind::null: return nullptr;
+    case Yaml::Kind::list: {
+      Json list = Json::array();
+      for (const Yaml& item : y.items) list.push_back(json_of(item));
+      return list;
+    }
+    case Yaml::Kind::map: {
+      Json map = Json::object();
+      for (const auto& [key, value] : y.fields) map[key] = json_of(value);
+      return map;
+    }
+    case Yaml::Kind::scalar: break;
+  }
+  if (y.quoted) return y.text;
+  if (y.text == "true" || y.text == "True") return true;
+  if (y.text == "false" || y.text == "False") return false;
+  const Json number = Json::parse(y.text, nullptr, false);
+  return number.is_number() ? number : Json(y.text);
+}
+}  // namespace
+
+std::string to_json(const Yaml& y) {
+  return json_of(y).dump(-1, ' ', true, nlohmann::ordered_json::error_handler_t::replace);
 }
 
 std::string quote_yaml(std::string_view text) {

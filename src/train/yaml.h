@@ -28,6 +28,9 @@ Yaml parse_yaml(std::string_view text, const std::string& name);
 // Maps on the way are made. Throws Error naming the setting.
 void set_yaml(Yaml& root, std::string_view setting);
 
+// The same as one line of JSON: words that look like numbers, true or false become such.
+std::string to_json(const Yaml&);
+
 // A scalar so written that parse_yaml reads it back as that text.
 std::string quote_yaml(std::string_view text);
 

@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "tests/train/tiny_run.h"
+#include "train/stored_teacher.h"
 
 namespace kda {
 namespace {
@@ -235,6 +236,51 @@ TEST(Distill, TrainsOnTextAlone) {
   EXPECT_LT(eval.back()["terms"]["cross_entropy"].get<double>(), 0.8 * eval[0]["terms"]["cross_entropy"].get<double>());
   EXPECT_FALSE(eval[0].contains("top1"));
   EXPECT_TRUE(fs::exists(t.dir / "out/best"));
+}
+
+TEST(Distill, LearnsFromAStoredTeacher) {
+  TinyRun t;
+  // Rows of the usual data; the teacher thinks the same of what follows a token wherever it stands.
+  LogprobCodecConfig config;
+  config.d = 260, config.k = config.exact_k = 4, config.delta_encoding = false;
+  const LogprobCodec codec(config);
+  const auto rows = open_shards({t.dir / "data.safetensors"});
+  CaptureWriter writer(t.dir / "captured", {.codec = config, .model = "x", .teacher = {}, .tokenizer = {}, .data = {}},
+                       false);
+  for (int64_t r = 0; r < rows->count(); ++r) {
+    std::vector<int32_t> ids(size_t(rows->length(r)));
+    rows->read(r, 0, ids);
+    std::vector<uint8_t> values, indices;
+    for (const int32_t id : ids) {
+      const std::vector<int32_t> next = {(id + 1) % 260, (id + 2) % 260, (id + 3) % 260, (id + 4) % 260};
+      const std::vector<float> logprobs = {-0.4f, -1.5f, -3.0f, -4.0f};
+      values.resize(values.size() + size_t(codec.value_bytes()));
+      indices.resize(indices.size() + size_t(codec.index_bytes()));
+      codec.encode(next, logprobs, std::span(values).last(size_t(codec.value_bytes())),
+                   std::span(indices).last(size_t(codec.index_bytes())));
+    }
+    writer.add(ids, values, indices);
+  }
+  writer.finish();
+  std::string yaml = t.yaml("out");
+  yaml.erase(yaml.find("stages:"));
+  yaml +=
+      "losses: [{function: kl, temperature: 1}, {function: cross_entropy}]\nmax_steps: 30\nlr_scheduler_type: "
+      "constant\n";
+  const auto in = [&](const std::string& data, bool resume = false) {
+    return t.input(yaml, {"teacher={kind: dataset}", "dataset.train_dataset.path=" + (t.dir / data).string()}, resume);
+  };
+  EXPECT_NE(error_of(in("data.safetensors")).find("neither a folder of kda capture nor"), std::string::npos);
+  fs::remove_all(t.dir / "out");
+  int64_t n = 0;
+  DistillHooks hooks;
+  hooks.stop = [&] { return ++n > 30; };
+  ASSERT_EQ(distill(in("captured"), hooks), RunEnd::left);
+  ASSERT_EQ(distill(in("captured", true), {}), RunEnd::finished);
+  const auto eval = t.metrics("out", "eval");
+  EXPECT_LT(eval.back()["terms"]["kl"].get<double>(), 0.7 * eval[0]["terms"]["kl"].get<double>());
+  EXPECT_GT(eval.back()["top1"].get<double>(), eval[0]["top1"].get<double>());
+  EXPECT_EQ(t.metrics("out", "train").size(), 30u);
 }
 
 TEST(Distill, SharesEqualTensors) {

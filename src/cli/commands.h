@@ -15,6 +15,7 @@ void add_needles(CLI::App&);
 void add_report(CLI::App&);
 void add_convert(CLI::App&);
 void add_demo(CLI::App&);
+void add_capture(CLI::App&);
 void add_bench(CLI::App&);
 void add_distill(CLI::App&);
 void add_train(CLI::App&);

@@ -21,6 +21,7 @@ constexpr void (*kCommands[])(CLI::App&) = {
     kda::cli::add_report,
     kda::cli::add_convert,
     kda::cli::add_demo,
+    kda::cli::add_capture,
     kda::cli::add_bench,
     kda::cli::add_distill,
     kda::cli::add_train,

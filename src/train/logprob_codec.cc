@@ -99,6 +99,12 @@ double level(uint64_t u, int64_t bits) {
   return bits == 1 ? double(2 * int64_t(u) - 1) : double(u) - std::ldexp(1.0, int(bits) - 1);
 }
 
+// To the nearest, ties to even; without a call where the sum's last bit is 1.
+double whole(double x) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  return std::abs(x) < 1e15 ? (x + kMagic) - kMagic : std::nearbyint(x);
+}
+
 // The element for so many steps away from zero, which has element 2^(bits-1) = half.
 uint64_t element(double steps, double half, int64_t bits) {
   const uint64_t middle = uint64_t(1) << (bits - 1);
@@ -348,32 +354,31 @@ void LogprobCodec::encode(std::span<const int32_t> ids, std::span<const float> l
     const double worse = std::max(std::sqrt(a.square / square) - 3e-5, a.most / most);
     if (worse < least) least = worse, best = std::move(a);
   };
-  const auto variants = [&](const std::vector<double>& coefficients) {
-    attempt(coefficients, c.error_diffusion, false);
-    if (c.residual_bins.empty()) return;
-    attempt(coefficients, c.error_diffusion, true);
-    if (!c.delta_encoding) return;
-    attempt(coefficients, !c.error_diffusion, false);
-    attempt(coefficients, !c.error_diffusion, true);
+  const bool bins = !c.residual_bins.empty();
+  const auto both = [&](const std::vector<double>& coefficients, bool search) {
+    attempt(coefficients, c.error_diffusion, search);
+    if (bins && c.delta_encoding) attempt(coefficients, !c.error_diffusion, search);
   };
   const Fit& fit = c.delta_encoding ? sums_fit_ : fit_;
   const auto& column = c.delta_encoding ? sums_ : term_;
   // A pull of the fit towards the values with the largest errors trades a little of the one measure for the other.
+  const double gentle[] = {0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0}, coarse[] = {0.03, 0.3, 1.0};
   const auto with_pulls = [&](const std::vector<double>& coefficients) {
+    both(coefficients, false);
     Attempt plain{.coefficients = coefficients, .feed_back = c.error_diffusion};
     quantise(plain, rest, have);
-    variants(coefficients);
     if (!(plain.most > 0)) return;
     for (double& e : plain.error) e *= std::pow(e / plain.most, 4);
     const std::vector<double> towards = solve(fit, column, plain.error);
-    for (double pull : {0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0}) {
+    for (double pull : bins ? std::span<const double>(coarse) : std::span<const double>(gentle)) {
       std::vector<double> pulled = coefficients;
       for (size_t i = 0; i < pulled.size(); ++i) pulled[i] = rounded(pulled[i] + pull * towards[i], c.term_dtype);
-      variants(pulled);
+      both(pulled, false);
     }
   };
   with_pulls(solve(fit_, term_, numbers_left));
   if (c.delta_encoding && !term_.empty()) with_pulls(solve(fit, column, values_left));
+  if (bins) both(std::vector<double>(best.coefficients), true);
 
   for (double x : best.coefficients) {
     put(x, c.term_dtype, p);
@@ -422,7 +427,7 @@ void LogprobCodec::quantise(Attempt& a, std::span<const float> logprobs, double 
         if (bin.element_bits == 1)
           u = r >= 0;
         else if (scale > 0)
-          u = element(std::nearbyint(r / scale), half, bin.element_bits);
+          u = element(whole(r / scale), half, bin.element_bits);
         else
           u = uint64_t(1) << (bin.element_bits - 1);
         const double e = follow(j, a.fit[j] + float(rounded(scale * level(u, bin.element_bits), c.exact_dtype)), at);

@@ -58,10 +58,10 @@ std::unique_ptr<Teacher> stored_teacher(Context&, std::shared_ptr<const StoredLo
 
 struct CaptureHeader {
   LogprobCodecConfig codec;
-  std::string model;      // path, as given
-  std::string teacher;    // fingerprint of the model
-  std::string tokenizer;  // SHA-256 of tokenizer.json, or empty
-  std::string data;       // fingerprint of the rows captured
+  std::string model = {};      // path, as given
+  std::string teacher = {};    // fingerprint of the model
+  std::string tokenizer = {};  // SHA-256 of tokenizer.json, or empty
+  std::string data = {};       // fingerprint of the rows captured
   int64_t sequence_length = 0;
   int64_t max_tokens = 0;  // 0: all
   bool operator==(const CaptureHeader&) const = default;

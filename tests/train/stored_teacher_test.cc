@@ -4,6 +4,7 @@
 
 #include "base/error.h"
 #include "tests/check.h"
+#include "tests/golden.h"
 #include "tests/temp_folder.h"
 
 namespace kda::test {
@@ -203,6 +204,45 @@ TEST(StoredTeacher, DamageIsNamed) {
   }
   write_bytes(folder / "capture.json", "{}");
   EXPECT_NE(message([&] { read_everything(folder); }).find("capture.json"), std::string::npos);
+}
+
+// Two rows, of tokens 0-3 and 4-5 of golden/logit_compression's case 3; the second has no entry for its last token.
+TEST(StoredTeacher, ReadsDistillKitsParquet) {
+  KDA_NEED(path, "logit_compression.safetensors");
+  const GoldenFile g(path);
+  auto c = g.cases()[3];
+  c.erase("index");
+  const LogprobCodecConfig config = parse_codec_config(c.dump(), "case 3");
+  const std::filesystem::path file = std::filesystem::path(KDA_SOURCE_DIR) / "tests/data/stored/distillkit.parquet";
+  EXPECT_TRUE(is_stored_logprobs(file));
+  EXPECT_TRUE(is_stored_logprobs(file.parent_path()));
+  std::shared_ptr<const StoredLogprobs> s;
+  const std::string refused = message([&] { s = open_stored_logprobs(file, config); });
+  if (!s) {
+    EXPECT_NE(refused.find("Parquet is read by builds that found Apache Arrow"), std::string::npos) << refused;
+    GTEST_SKIP() << "built without Apache Arrow, which was said";
+  }
+  const auto ids = g["3.ids"].ids();
+  const auto values = g["3.values"].floats();
+  ASSERT_EQ(s->count(), 2);
+  const auto k = s->k();
+  for (int64_t r : {0, 1}) {
+    const int64_t n = s->length(r), first = r ? 4 : 0, stored = r ? 2 : 4;
+    ASSERT_EQ(n, r ? 3 : 4);
+    std::vector<int32_t> tokens(static_cast<size_t>(n)), got(size_t(n * k));
+    std::vector<float> l(got.size());
+    s->read(r, 0, tokens, got, l);
+    EXPECT_EQ(tokens[0], r ? 5 : 1);
+    got.resize(size_t(stored * k));
+    l.resize(got.size());
+    EXPECT_EQ(got, std::vector<int32_t>(ids.begin() + first * k, ids.begin() + (first + stored) * k));
+    EXPECT_TRUE(
+        close(l, std::vector<float>(values.begin() + first * k, values.begin() + (first + stored) * k), 1e-5, 1.0));
+  }
+  EXPECT_NE(message([&] { open_stored_logprobs(file); }).find("logprob_compressor"), std::string::npos);
+  LogprobCodecConfig other = config;
+  other.exact_k -= 1;
+  EXPECT_NE(message([&] { open_stored_logprobs(file, other); }).find("the codec has"), std::string::npos);
 }
 
 TEST(StoredTeacher, NotACapture) {

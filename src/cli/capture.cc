@@ -95,7 +95,8 @@ void run(const Options& o) {
     reading->set(done);
     if (done == all) reading->finish();
   };
-  const auto rows = open_text(o.data, encoder, text, pool);
+  const auto rows = open_text(
+      o.data, [&]() -> const TextEncoder& { return encoder; }, text, pool);
   const CaptureSizes sizes{.sequence_length = o.sequence_length, .max_tokens = o.max_tokens};
   const int64_t total = capture_tokens(*rows, sizes);
   KDA_CHECK(total > 0, o.data, ": nothing to capture: no document of two tokens or more");

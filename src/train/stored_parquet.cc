@@ -199,9 +199,11 @@ class ParquetLogprobs : public StoredLogprobs {
 
 std::shared_ptr<const StoredLogprobs> open_parquet(const fs::path& path,
                                                    const std::optional<LogprobCodecConfig>& codec) {
-  KDA_CHECK(codec, path.string(), ": Parquet does not say how its log-probabilities are stored: give the codec ",
-            "(teacher.logprob_compressor)");
-  return std::make_shared<ParquetLogprobs>(path, *codec);
+  if (codec) return std::make_shared<ParquetLogprobs>(path, *codec);
+  const fs::path beside = (is_folder(path) ? path : path.parent_path()) / "logprob_compressor.json";
+  KDA_CHECK(path_exists(beside), path.string(), ": Parquet does not say how its log-probabilities are stored: put the ",
+            "run file's teacher.logprob_compressor, as JSON, into ", beside.string());
+  return std::make_shared<ParquetLogprobs>(path, parse_codec_config(read_file(beside, 1 << 20), beside.string()));
 }
 
 #else

@@ -44,8 +44,8 @@ class StoredLogprobs {
 bool is_stored_logprobs(const std::filesystem::path&);
 
 // A folder of kda capture; or a .parquet file or folder of such with the columns input_ids, compressed_logprobs,
-// bytepacked_indices, which need `codec` (teacher.logprob_compressor of a run file) and a build with Arrow. Throws
-// Error for an unfinished folder.
+// bytepacked_indices, which needs a build with Arrow and `codec`, else logprob_compressor.json beside it (a run file's
+// teacher.logprob_compressor as JSON). Throws Error for an unfinished folder.
 std::shared_ptr<const StoredLogprobs> open_stored_logprobs(const std::filesystem::path&,
                                                            const std::optional<LogprobCodecConfig>& codec = {});
 

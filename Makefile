@@ -1,6 +1,6 @@
 # A thin front over the CMake presets: each target says what it runs. Results are in build/PRESET.
 #   make            build the release program (build/release/kda)
-#   make demo       build, then generate text from the models in the repository
+#   make demo       build, then turn the bundled model into a KDA model, train it and compare: some five minutes
 #   make test       build, then every test;    make asan, make tsan: the same under sanitizers
 #   make bench      build, then every benchmark
 #   make fuzz       run each fuzz target for SECONDS (60)

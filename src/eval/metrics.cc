@@ -69,8 +69,10 @@ void add_line(MetricColumns& c, const json& line, const std::string& where) {
   };
   for (const char* key : {"loss", "lr", "grad_norm", "tok_per_s", "top1"})
     if (const auto it = line.find(key); it != line.end()) set(c.values[key], value(*it, key, where));
-  set_all("terms",
-          [&](const std::string& name, const json& v) { set(c.terms[name], value(v, "terms." + name, where)); });
+  set_all("terms", [&](const std::string& name, const json& v) {
+    // An evaluation's weighted mean stands among its terms: it is the training lines' loss.
+    set(name == "loss" ? c.values[name] : c.terms[name], value(v, "terms." + name, where));
+  });
   set_all("probes",
           [&](const std::string& name, const json& v) { set(c.probes[name], value(v, "probes." + name, where)); });
   set_all("layers", [&](const std::string& name, const json& list) {

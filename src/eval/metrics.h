@@ -13,7 +13,8 @@ namespace kda {
 struct MetricColumns {
   std::vector<double> step, tokens, seconds;
   std::vector<std::string> stage;
-  std::map<std::string, std::vector<double>> values;                     // loss, lr, grad_norm, tok_per_s, top1
+  std::map<std::string, std::vector<double>>
+      values;  // loss (terms.loss of an evaluation), lr, grad_norm, tok_per_s, top1
   std::map<std::string, std::vector<double>> terms, probes;              // by name
   std::map<std::string, std::map<int64_t, std::vector<double>>> layers;  // by term, then place in the mapping
 

@@ -173,7 +173,7 @@ function chart(parent, title, unit, series, marks, settings) {
     let d = "", pen = false;
     s.xs.forEach((x, i) => {
       if (s.ys[i] === null) { pen = pen && s.dots; return; }  // not every evaluation measures everything
-      if (!s.dots && i > 0 && s.stage[i] !== s.stage[i - 1]) pen = false;  // another stage, another loss
+      if (s.apart && i > 0 && s.stage[i] !== s.stage[i - 1]) pen = false;  // another stage, another loss
       d += `${pen ? "L" : "M"}${X(x).toFixed(1)} ${Y(s.ys[i]).toFixed(1)}`;
       pen = true;
     });
@@ -235,6 +235,7 @@ function draw() {
     label: runs.length > 1 ? run.name : key.split(".").pop(),
     color: runs.length > 1 || kind === "train" ? runColor(i) : runColor(1), faint: kind === "train" && runs.length > 1,
     xs: run[kind][settings.axis], stage: run[kind].stage, dots: kind === "eval",
+    apart: kind === "train" || key === "loss",
     ys: kind === "train" ? smoothed(run.train.series[key], smooth) : run.eval.series[key]})));
   const keys = start => [...new Set(runs.flatMap(r => [...Object.keys(r.train.series), ...Object.keys(r.eval.series)]))].filter(k => k.startsWith(start)).sort();
   const unitOf = {lr: "", grad_norm: "", tok_per_s: "tokens a second", loss: "weighted mean of the terms", top1: "share"};
@@ -256,7 +257,7 @@ function draw() {
           const list = run[kind].layers[term], last = Math.max(list.length - 1, 1);
           chart(layers, runs.length > 1 ? `${term}, ${run.name}` : term, `${kind === "eval" ? "held-out, " : ""}first layer blue, last red`,
                 list.map((ys, l) => ({label: `${l}`, color: `hsl(${220 + 140 * l / last} 70% 55%)`, xs: run[kind][settings.axis],
-                                      stage: run[kind].stage, dots: kind === "eval", ys: kind === "train" ? smoothed(ys, smooth) : ys})),
+                                      stage: run[kind].stage, dots: kind === "eval", apart: kind === "train", ys: kind === "train" ? smoothed(ys, smooth) : ys})),
                 marksOf(run), settings);
         }
     });

@@ -18,7 +18,7 @@ const std::string kTwo =
     "\n"
     R"({"kind":"train","stage":"kl","step":2,"tokens":128,"seconds":1.0,"tok_per_s":130,"loss":null,"terms":{"kl":2.5},"lr":0.001,"grad_norm":null})"
     "\n"
-    R"({"kind":"eval","stage":"kl","step":2,"tokens":128,"seconds":1.1,"terms":{"kl":2.25},"top1":0.5,"probes":{"needle_1key":0.75}})"
+    R"({"kind":"eval","stage":"kl","step":2,"tokens":128,"seconds":1.1,"terms":{"kl":2.25,"loss":2.3},"top1":0.5,"probes":{"needle_1key":0.75}})"
     "\n"
     R"({"kind":"event","stage":"kl","step":2,"what":"skipped","why":"loss is not finite","rows":[3,4]})"
     "\n";
@@ -45,6 +45,8 @@ TEST(Metrics, ReadsColumnsWithGaps) {
   EXPECT_EQ(m.train.layers.at("mixer_mse").at(1).size(), 2u);
   EXPECT_EQ(m.eval.probes.at("needle_1key"), (std::vector<double>{0.75}));
   EXPECT_EQ(m.eval.values.at("top1"), (std::vector<double>{0.5}));
+  EXPECT_EQ(m.eval.values.at("loss"), (std::vector<double>{2.3}));
+  EXPECT_EQ(m.eval.terms.count("loss"), 0u);
   ASSERT_EQ(m.events.size(), 1u);
   EXPECT_EQ(m.events[0].rows, "[3,4]");
   EXPECT_FALSE(m.unfinished);

@@ -47,12 +47,13 @@ class TrainPass {
 
   // The residual stream after the last layer, before the final norm: f32 [T,D], valid until the next call.
   View forward(Context&, const Batch&, std::span<const Tap> = {});
-  // Gradients of the batch of the last forward(). d_x [T,D]: gradient of what forward returned; overwritten.
+  // Gradients of the batch of the last forward(), once. d_x [T,D]: gradient of what forward returned; overwritten.
   // `gradients` is laid out like the weights, f32: what is there is added to, an empty tensor is frozen. Nothing below
   // the lowest layer that has a gradient or a cotangent is computed. final_norm and head are the caller's.
   void backward(Context&, View d_x, std::span<const Cotangent>, Weights& gradients);
 
-  // One layer's mixer alone, on inputs from elsewhere: in, out f32 [T,D]. Then the gradients of its weights.
+  // One layer's mixer alone, on inputs from elsewhere: in, out f32 [T,D]; `in` is read again by mixer_backward. Then
+  // the gradients of its weights.
   void mixer_forward(Context&, const Batch&, size_t layer, ConstView in, View out);
   void mixer_backward(Context&, ConstView d_out, Weights& gradients);
 

@@ -23,6 +23,8 @@ void kda_prep(Context& ctx, const KdaPrep& a) {
   door::check(op, "dt_bias", a.dt_bias, {H * K});
   door::check(op, "log_decay", a.log_decay, thk);
   door::check(op, "beta", a.beta, {T, H});
+  if (a.unit_q.data) door::check(op, "unit_q", a.unit_q, thk);
+  if (a.unit_k.data) door::check(op, "unit_k", a.unit_k, thk);
   check_gate(op, a.gate);
   body(ctx, ctx.backend->kda_prep, op)(ctx, a);
 }

@@ -25,7 +25,7 @@ struct KdaGateParams {
 void check_gate(const char* op, const KdaGateParams&);  // for the doors of kda_prep and kda_decode
 
 struct KdaPrep {
-  View q, k;          // [T,H,K]  in place
+  View q, k;          // [T,H,K]  in place, or read only: see unit_q
   ConstView f;        // [T,H,K]  gate logits
   ConstView b;        // [T,H]    beta logits
   ConstView A_log;    // [H]
@@ -33,6 +33,7 @@ struct KdaPrep {
   KdaGateParams gate;
   View log_decay;     // [T,H,K]  may be f's memory
   View beta;          // [T,H]    may be b's memory
+  View unit_q = {}, unit_k = {};  // [T,H,K]  where q, k go at unit length; data == nullptr: in place
 };
 
 void kda_prep(Context&, const KdaPrep&);

@@ -37,7 +37,7 @@ KdaKept keep_kda(const Context& ctx, Cutter& c, const LayerWeights& w, const Row
   const int64_t states =
       r.packing ? kda_kept_floats(ctx, *r.packing, s.H, s.K, s.V) : kda_kept_floats(ctx, r.T, r.N, s.H, s.K, s.V);
   KdaKept k;
-  for (View* v : {&k.q, &k.k, &k.unit_q, &k.unit_k, &k.f, &k.log_decay}) *v = c.take(keys);
+  for (View* v : {&k.q, &k.k, &k.conv_q, &k.conv_k, &k.unit_q, &k.unit_k, &k.f, &k.log_decay}) *v = c.take(keys);
   for (View* v : {&k.v, &k.conv_v, &k.g, &k.o, &k.y}) *v = c.take(values);
   for (View* v : {&k.b, &k.beta}) *v = c.take(heads);
   k.f_mid = c.take({r.T, w.kda.f0.N()});
@@ -77,18 +77,20 @@ void kda_forward_pass(Pass& p, const LayerWeights& layer, const KdaKept& m, Cons
   multiply(p.ctx, h, {{&w.q, m.q}, {&w.k, m.k}, {&w.v, m.v}, {&w.f0, m.f_mid}, {&w.g0, m.g_mid}, {&w.b, m.b}});
   multiply(p.ctx, m.f_mid, {{&w.f1, m.f}});
   multiply(p.ctx, m.g_mid, {{&w.g1, m.g}});
-  convolve(p, m.q, w.q_conv, m.unit_q);
-  convolve(p, m.k, w.k_conv, m.unit_k);
+  convolve(p, m.q, w.q_conv, m.conv_q);
+  convolve(p, m.k, w.k_conv, m.conv_k);
   convolve(p, m.v, w.v_conv, m.conv_v);
-  kda_prep(p.ctx, {.q = reshape(m.unit_q, keys),
-                   .k = reshape(m.unit_k, keys),
+  kda_prep(p.ctx, {.q = reshape(m.conv_q, keys),
+                   .k = reshape(m.conv_k, keys),
                    .f = reshape(m.f, keys),
                    .b = m.b,
                    .A_log = w.A_log,
                    .dt_bias = w.dt_bias,
                    .gate = gate_of(layer.spec),
                    .log_decay = reshape(m.log_decay, keys),
-                   .beta = m.beta});
+                   .beta = m.beta,
+                   .unit_q = reshape(m.unit_q, keys),
+                   .unit_k = reshape(m.unit_k, keys)});
   kda_forward_keep(p.ctx, {.forward = {.q = reshape(m.unit_q, keys),
                                        .k = reshape(m.unit_k, keys),
                                        .v = reshape(m.conv_v, values),
@@ -145,11 +147,8 @@ View kda_backward_pass(Pass& p, const LayerWeights& layer, const LayerWeights& g
                        .d_log_decay = reshape(t.df, keys),
                        .d_beta = t.db,
                        .d_state_in = {}});
-  // The convolved q and k, before they got unit length, once more: cheaper than keeping them.
-  convolve(p, m.q, w.q_conv, m.unit_q);
-  convolve(p, m.k, w.k_conv, m.unit_k);
-  kda_prep_backward(p.ctx, {.q = reshape(m.unit_q, keys),
-                            .k = reshape(m.unit_k, keys),
+  kda_prep_backward(p.ctx, {.q = reshape(m.conv_q, keys),
+                            .k = reshape(m.conv_k, keys),
                             .f = reshape(m.f, keys),
                             .b = m.b,
                             .A_log = w.A_log,

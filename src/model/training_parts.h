@@ -78,7 +78,8 @@ void multiply_backward(Context&, ConstView x, std::initializer_list<Backward>, V
 
 struct KdaKept {
   View q, k, v;                 // [T,HK], [T,HV]  before the convolution
-  View unit_q, unit_k, conv_v;  // what the recurrence takes
+  View conv_q, conv_k, conv_v;  // after it
+  View unit_q, unit_k;          // what the recurrence takes besides conv_v
   View f, log_decay, b, beta;
   View f_mid, g_mid;  // between the two matrices of the gates
   View g, o, y;       // y: after the gated norm

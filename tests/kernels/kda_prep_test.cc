@@ -32,7 +32,9 @@ Prepared run(Context& ctx, const PrepProblem& p, bool in_place = false) {
   const Shape thk{p.T, p.H, p.K}, th{p.T, p.H};
   Buffer q(ctx, p.q), k(ctx, p.k), f(ctx, p.f), b(ctx, p.b), A(ctx, p.A), bias(ctx, p.bias);
   Buffer g(ctx, p.T * p.H * p.K), beta(ctx, p.T * p.H);
-  Buffer &to = in_place ? f : g, &to_beta = in_place ? b : beta;
+  Buffer other_q(ctx, p.T * p.H * p.K), other_k(ctx, p.T * p.H * p.K);
+  Buffer &to = in_place ? f : g, &to_beta = in_place ? b : beta, &to_q = in_place ? q : other_q,
+         &to_k = in_place ? k : other_k;
   kda_prep(ctx, {.q = q.view(thk),
                  .k = k.view(thk),
                  .f = f.view(thk),
@@ -41,9 +43,14 @@ Prepared run(Context& ctx, const PrepProblem& p, bool in_place = false) {
                  .dt_bias = bias.view({p.H * p.K}),
                  .gate = p.gate,
                  .log_decay = to.view(thk),
-                 .beta = to_beta.view(th)});
-  EXPECT_TRUE(q.guards_intact() && k.guards_intact() && to.guards_intact() && to_beta.guards_intact());
-  return {q.fetch(), k.fetch(), to.fetch(), to_beta.fetch()};
+                 .beta = to_beta.view(th),
+                 .unit_q = in_place ? View{} : to_q.view(thk),
+                 .unit_k = in_place ? View{} : to_k.view(thk)});
+  EXPECT_TRUE(to_q.guards_intact() && to_k.guards_intact() && to.guards_intact() && to_beta.guards_intact());
+  if (!in_place) {
+    EXPECT_TRUE(q.fetch() == p.q && k.fetch() == p.k);
+  }
+  return {to_q.fetch(), to_k.fetch(), to.fetch(), to_beta.fetch()};
 }
 
 // Relative to each value's own size, in units of float32's epsilon; what is below 1e-37 counts as zero.

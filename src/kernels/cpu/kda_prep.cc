@@ -22,15 +22,18 @@ namespace HWY_NAMESPACE {
 void PrepTokens(const KdaPrep& a, int64_t from, int64_t to) {
   const F32 d;
   const int64_t H = a.q.dim(1), K = a.q.dim(2);
-  float *q = a.q.as<float>(), *k = a.k.as<float>(), *out = a.log_decay.as<float>();
+  const float *q = a.q.as<float>(), *k = a.k.as<float>();
+  float* unit_q = (a.unit_q.data ? a.unit_q : a.q).as<float>();
+  float* unit_k = (a.unit_k.data ? a.unit_k : a.k).as<float>();
+  float* out = a.log_decay.as<float>();
   const float *f = a.f.as<float>(), *A_log = a.A_log.as<float>(), *bias = a.dt_bias.as<float>();
   BetaRow(d, a.gate.beta_scale, a.b.as<float>() + from * H, a.beta.as<float>() + from * H, (to - from) * H);
   for (int64_t h = 0; h < H; ++h) {
     const float exp_A = std::exp(A_log[h]);
     for (int64_t t = from; t < to; ++t) {
       const int64_t at = (t * H + h) * K;
-      UnitRow(d, q + at, q + at, K);
-      UnitRow(d, k + at, k + at, K);
+      UnitRow(d, q + at, unit_q + at, K);
+      UnitRow(d, k + at, unit_k + at, K);
       DecayRow(d, a.gate, exp_A, f + at, bias + h * K, out + at, K);
     }
   }

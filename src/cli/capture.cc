@@ -9,6 +9,7 @@
 #include "cli/commands.h"
 #include "cli/options.h"
 #include "train/capture.h"
+#include "train/run_file.h"
 #include "train/text_rows.h"
 
 namespace kda::cli {
@@ -16,9 +17,9 @@ namespace kda::cli {
 namespace {
 
 struct Options {
-  std::string model, data, out, precision = "fast", text_key = "text", cache, codec_file;
+  std::string run_file, model, data, out, precision = "fast", text_key = "text", cache, codec_file;
   int threads = 0;
-  int64_t sequence_length = 2048, top_k = 64, max_tokens = 0;
+  int64_t sequence_length = 0, top_k = 0, max_tokens = 0;  // 0: the run file's, else 2048 and 64
   bool resume = false;
   // the codec, with DistillKit's names
   int64_t exact_k = -1;
@@ -75,6 +76,30 @@ LogprobCodecConfig codec_config(const Options& o, int64_t vocabulary) {
       "codec options");
 }
 
+// What a run with a live teacher would take, where no option says otherwise.
+void fill_in(Options& o) {
+  if (!o.run_file.empty()) {
+    std::vector<std::string> notes;
+    const RunFile run = read_run_file(read_text(o.run_file), o.run_file, {}, false, notes);
+    KDA_CHECK(run.teacher.kind == TeacherKind::live || !o.model.empty(), o.run_file,
+              ": its teacher is stored already; capture needs teacher.path, or -m");
+    if (o.model.empty()) o.model = run.teacher.path;
+    if (o.data.empty()) {
+      KDA_CHECK(run.datasets.size() == 1, o.run_file, ": a stored teacher goes with one data set, here are ",
+                run.datasets.size(), "; name it with --data");
+      o.data = run.datasets[0].path;
+      o.text_key = run.datasets[0].text_key;
+    }
+    for (const StageSpec& s : run.stages)
+      if (!o.sequence_length) o.sequence_length = s.sequence_length;
+    if (!o.top_k) o.top_k = run.teacher.top_k;
+  }
+  KDA_CHECK(!o.model.empty() && !o.data.empty(),
+            "capture needs a teacher (-m) and text (--data), or a run file (--run)");
+  if (!o.sequence_length) o.sequence_length = 2048;
+  if (!o.top_k) o.top_k = 64;
+}
+
 void run(const Options& o) {
   const std::filesystem::path folder = model_folder(o.model), out = o.out;
   const Checkpoint checkpoint = load_checkpoint(folder);
@@ -129,12 +154,13 @@ void run(const Options& o) {
 void add_capture(CLI::App& app) {
   auto o = std::make_shared<Options>();
   CLI::App* c = app.add_subcommand("capture", "store a teacher's likeliest next tokens, to distil without running it");
-  add_model_folder(*c, o->model);
-  c->add_option("--data", o->data, "text: a file or folder of .jsonl, .txt or token shards")->required();
+  c->add_option("-m,--model", o->model, "the teacher: a model folder, or owner/name in the local Hugging Face cache");
+  c->add_option("--data", o->data, "text: a file or folder of .jsonl, .txt or token shards");
+  c->add_option("--run", o->run_file, "a run file with a live teacher: model, data, length and top_k as there");
   c->add_option("-o,--output", o->out, "folder to write")->required();
-  c->add_option("--sequence-length", o->sequence_length, "documents are cut into pieces of so many tokens")
-      ->check(whole_number(2))
-      ->capture_default_str();
+  c->add_option("--sequence-length", o->sequence_length,
+                "documents are cut into pieces of so many tokens (default: 2048)")
+      ->check(whole_number(2));
   c->add_option("--max-tokens", o->max_tokens, "take so many tokens at most; 0: all")->check(whole_number());
   c->add_flag("--resume", o->resume, "go on with a capture that was interrupted");
   c->add_option("--text-key", o->text_key, "key of the text in .jsonl lines")->capture_default_str();
@@ -145,7 +171,7 @@ void add_capture(CLI::App& app) {
   c->add_option("-t,--threads", o->threads, "threads; 0: one per core")->check(CLI::Range(0, 4096));
   const std::vector<std::string> dtypes{"float16", "bfloat16", "float32", "float64"};
   auto* g = c->add_option_group("codec", "how log-probabilities are stored; names as in DistillKit");
-  g->add_option("-k,--top-k,--k", o->top_k, "ids kept of each token")->check(whole_number(1))->capture_default_str();
+  g->add_option("-k,--top-k,--k", o->top_k, "ids kept of each token (default: 64)")->check(whole_number(1));
   g->add_option("--exact-k", o->exact_k, "values stored as they are (default: 16)")->check(whole_number());
   g->add_option("--exact-dtype", o->exact_dtype)->check(CLI::IsMember(dtypes))->capture_default_str();
   g->add_option("--polynomial-terms", o->polynomial_terms, "powers, sqrt, exp: fitted to the other values")
@@ -158,7 +184,10 @@ void add_capture(CLI::App& app) {
   g->add_flag("--error-diffusion", o->error_diffusion, "as in DistillKit; the best of both ways is taken anyway");
   g->add_flag("--normalize-t", o->normalize_t, "fit over [0,1] instead of 0, 1, 2, ..");
   g->add_option("--codec", o->codec_file, "all of these from a JSON file with DistillKit's keys");
-  c->callback([o] { run(*o); });
+  c->callback([o] {
+    fill_in(*o);
+    run(*o);
+  });
 }
 
 }  // namespace kda::cli

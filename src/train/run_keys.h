@@ -100,7 +100,7 @@ Yaml show_map(const T& from, const Keys<T>& keys) {
   for (const auto& k : keys) {
     if (!k.show) continue;
     Yaml v = k.show(from);
-    if (v.kind != Yaml::Kind::null) y.fields.emplace_back(k.name, std::move(v));
+    if (v.kind != Yaml::Kind::null) y.fields.push_back({k.name, std::move(v)});
   }
   return y;
 }

@@ -81,8 +81,9 @@ std::shared_ptr<const StoredLogprobs> open_stored(const DistillInput& in, const 
 int64_t share_tensors(Checkpoint& student, const Checkpoint& teacher, ThreadPool& pool) {
   constexpr size_t kPiece = size_t(4) << 20;
   int64_t shared = 0;
-  for (auto& [name, mine] : student.tensors) {
-    const auto it = teacher.tensors.find(name);
+  for (auto& entry : student.tensors) {
+    Tensor& mine = entry.second;
+    const auto it = teacher.tensors.find(entry.first);
     if (it == teacher.tensors.end()) continue;
     const Tensor& theirs = it->second;
     if (theirs.dtype() != mine.dtype() || !(theirs.shape() == mine.shape())) continue;

@@ -73,7 +73,7 @@ class Builder : public YAML::EventHandler {
     Yaml& map = *open_.back();
     KDA_CHECK(!map.find(text), where(mark), ": key '", text, "' is given twice");
     KDA_CHECK(text != "<<", where(mark), ": merge keys (<<) are not read in a run file; write the keys out");
-    map.fields.emplace_back(text, Yaml{});
+    map.fields.push_back({text, Yaml{}});
     map.field_where.push_back(where(mark));
     has_key_ = true;
   }
@@ -162,7 +162,7 @@ void set_yaml(Yaml& root, std::string_view setting) {
       at->kind = Yaml::Kind::map;
       auto it = std::find_if(at->fields.begin(), at->fields.end(), [&](const auto& f) { return f.first == key; });
       if (it == at->fields.end()) {
-        at->fields.emplace_back(key, Yaml{});
+        at->fields.push_back({key, Yaml{}});
         at->fields.back().second.where = where;
         at->field_where.push_back(where);
         it = at->fields.end() - 1;

@@ -3,22 +3,28 @@
 #pragma once
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 namespace kda {
 
+struct YamlField;
+
 struct Yaml {
   enum class Kind { null, scalar, list, map };
   Kind kind = Kind::null;
-  std::string text;                                  // scalar
-  bool quoted = false;                               // scalar: a string whatever it looks like
-  std::string where;                                 // "run.yaml:12", or "--set a.b=c"
-  std::vector<Yaml> items;                           // list
-  std::vector<std::pair<std::string, Yaml>> fields;  // map, in the file's order
-  std::vector<std::string> field_where;              // map: where each key stands
+  std::string text;                      // scalar
+  bool quoted = false;                   // scalar: a string whatever it looks like
+  std::string where;                     // "run.yaml:12", or "--set a.b=c"
+  std::vector<Yaml> items;               // list
+  std::vector<YamlField> fields;         // map, in the file's order
+  std::vector<std::string> field_where;  // map: where each key stands
 
   const Yaml* find(std::string_view key) const;  // map; nullptr when absent
+};
+
+struct YamlField {
+  std::string first;  // key
+  Yaml second;        // value
 };
 
 // One document. Throws Error beginning with name:line.

@@ -52,6 +52,12 @@ class Background {
   bool ended_ = false;
 };
 
+std::string command(const char* name, const std::string& file, const char* more = "") {
+  std::string line = name;
+  line.append(" '").append(file).append("' ").append(more);
+  return line;
+}
+
 std::string with_file(const TinyRun& t, const std::string& out) {
   const fs::path file = t.dir / (out + ".yaml");
   test::write_bytes(file, t.yaml(out));
@@ -61,7 +67,7 @@ std::string with_file(const TinyRun& t, const std::string& out) {
 TEST(DistillProgram, KilledAtRandomMomentsItEndsWithTheSameBits) {
   TinyRun t;
   const auto began = std::chrono::steady_clock::now();
-  const auto whole = run_kda("distill '" + with_file(t, "whole") + "'");
+  const auto whole = run_kda(command("distill", with_file(t, "whole")));
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   ASSERT_EQ(whole.status, 0) << whole.err;
   const std::string want = t.final_bytes("whole"), file = with_file(t, "killed");
@@ -77,7 +83,7 @@ TEST(DistillProgram, KilledAtRandomMomentsItEndsWithTheSameBits) {
   }
   EXPECT_GT(kills, 0);
   if (!fs::exists(t.dir / "killed/final")) {
-    const auto last = run_kda("distill '" + file + "' --resume");
+    const auto last = run_kda(command("distill", file, "--resume"));
     ASSERT_EQ(last.status, 0) << last.err;
   }
   EXPECT_EQ(t.final_bytes("killed") == want, true) << "after " << kills << " kills";
@@ -96,7 +102,7 @@ TEST(DistillProgram, InterruptedItSavesAndLeaves) {
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
   const auto last = t.metrics("out", "train").back()["step"].get<int64_t>();
   EXPECT_TRUE(fs::exists(t.dir / ("out/checkpoint-" + std::to_string(last)))) << last;  // of the very last step
-  const auto refused = run_kda("distill '" + file + "'");
+  const auto refused = run_kda(command("distill", file));
   EXPECT_EQ(refused.status, 1);
   EXPECT_NE(refused.err.find("go on with --resume"), std::string::npos);
 }
@@ -105,17 +111,17 @@ TEST(DistillProgram, SaysWhatIsWrong) {
   TinyRun t;
   EXPECT_NE(run_kda("distill").err.find("needed a run file"), std::string::npos);
   EXPECT_NE(run_kda("distill /nowhere.yaml").err.find("/nowhere.yaml"), std::string::npos);
-  const auto wrong = run_kda("distill '" + with_file(t, "out") + "' --set sede=1");
+  const auto wrong = run_kda(command("distill", with_file(t, "out"), "--set sede=1"));
   EXPECT_EQ(wrong.status, 1);
   EXPECT_NE(wrong.err.find("did you mean 'seed'?"), std::string::npos);
   EXPECT_FALSE(fs::exists(t.dir / "out"));
-  EXPECT_NE(run_kda("train '" + with_file(t, "out") + "'").err.find("run it with kda distill"), std::string::npos);
+  EXPECT_NE(run_kda(command("train", with_file(t, "out"))).err.find("run it with kda distill"), std::string::npos);
   EXPECT_NE(run_kda("train --keys").out.find("# Keys of a run file"), std::string::npos);
 }
 
 TEST(DistillProgram, LeavesAfterItsMinutes) {
   TinyRun t;
-  const auto r = run_kda("distill '" + with_file(t, "out") + "' --set stages.1.max_steps=100000 --minutes 0.02");
+  const auto r = run_kda(command("distill", with_file(t, "out"), "--set stages.1.max_steps=100000 --minutes 0.02"));
   EXPECT_EQ(r.status, 0) << r.err;
   EXPECT_NE(r.err.find("saved; go on with --resume"), std::string::npos);
 }

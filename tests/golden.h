@@ -95,7 +95,16 @@ struct GoldenFile {
   std::map<std::string, GoldenTensor> tensors;
   nlohmann::json metadata;  // string values; `cases` and the like hold JSON of their own
 
+  // One safetensors file, or a model folder: model.safetensors or its shards.
   explicit GoldenFile(const std::filesystem::path& path) {
+    if (!std::filesystem::is_directory(path)) {
+      read(path);
+      return;
+    }
+    for (const auto& e : std::filesystem::directory_iterator(path))
+      if (e.path().extension() == ".safetensors" && e.path().stem().string().starts_with("model")) read(e.path());
+  }
+  void read(const std::filesystem::path& path) {
     std::ifstream in(path, std::ios::binary);
     std::string all((std::istreambuf_iterator<char>(in)), {});
     uint64_t n;

@@ -109,7 +109,7 @@ class Model:
                                           c["hidden_size"])
         self.layers, self.eps, self.theta = c["num_hidden_layers"], c["rms_norm_eps"], c["rope_parameters"]["rope_theta"]
         self.kda = kda
-        self.w = read_safetensors(Path(folder) / "model.safetensors")
+        self.w = {k: t for f in sorted(Path(folder).glob("model*.safetensors")) for k, t in read_safetensors(f).items()}
         r = torch.Generator().manual_seed(seed)
         for l in range(self.layers if kda else 0):
             a, H, d, D = f"model.layers.{l}.self_attn.", self.H, self.d, self.D

@@ -12,6 +12,7 @@ TEXT_BYTES = 1_310_000   # of manuals and dictionaries,
 NEEDLE_BYTES = 850_000   # of needles in haystacks,
 SUM_BYTES = 250_000      # and of arithmetic
 LONGEST = 6_000          # characters of one document: about 2,000 tokens
+NEEDLE_LONGEST = 1_500   # of one with needles: it must fit in the 512 tokens of a training sequence, or its question loses its needle
 HELD_OUT = 24            # documents of valid.jsonl, the first HELD_OUT_CHARS of each
 HELD_OUT_CHARS = 2_000
 NEEDLES = [("noise", 800), ("essay", 800), ("noise", 3000), ("essay", 3000)]  # ten of each, 1 key
@@ -58,7 +59,7 @@ def main():
     text = lines(shared / "corpus/train.jsonl.xz")
     made = lines(shared / "corpus/synthetic.jsonl.xz")
     # A needle is cut nowhere: its question stands at its end.
-    needles = [r for r in made if r["source"] == "needle" and len(r["text"]) <= LONGEST]
+    needles = [r for r in made if r["source"] == "needle" and len(r["text"]) <= NEEDLE_LONGEST]
     sums = [r for r in made if r["source"] == "arithmetic"]
     parts = [spread(text, TEXT_BYTES), spread(needles, NEEDLE_BYTES), spread(sums, SUM_BYTES)]
     rows = sorted((((i + 0.5) / len(p), k, r) for k, p in enumerate(parts) for i, r in enumerate(p)), key=lambda x: x[:2])

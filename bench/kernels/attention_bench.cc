@@ -10,6 +10,7 @@
 #include <cstdlib>
 
 #include "bench/kernels/device.h"
+#include "bench/kernels/probe.h"
 #include "kernels/attention.h"
 #include "kernels/probe.h"
 #include "tests/check.h"
@@ -34,28 +35,6 @@ Quantiles quantiles(int n, const std::function<void()>& f) {
   for (int i = 0; i < n; ++i) t.push_back(seconds(f));
   std::sort(t.begin(), t.end());
   return {t[t.size() / 10], t[t.size() / 2], t[t.size() * 9 / 10]};
-}
-
-// Eight independent chains of the compiler's widest vectors, for each target the CPU may have.
-__attribute__((target_clones("avx512f", "avx2,fma", "default"), noinline)) float chains(int64_t rounds) {
-  constexpr int kLanes = 128;
-  float a[kLanes];
-  for (int l = 0; l < kLanes; ++l) a[l] = float(l);
-  for (int64_t i = 0; i < rounds; ++i)
-    for (int l = 0; l < kLanes; ++l) a[l] = __builtin_fmaf(a[l], 0.999f, 0.5f);
-  float sum = 0;
-  for (float x : a) sum += x;
-  return sum;
-}
-
-double gflops_probe(ThreadPool& pool) {
-  constexpr int64_t kRounds = 2000000;
-  std::vector<float> sink(size_t(pool.threads()));
-  double best = 1e9;
-  for (int i = 0; i < 3; ++i)
-    best = std::min(
-        best, seconds([&] { pool.run(pool.threads(), [&](int64_t t, int) { sink[size_t(t)] = chains(kRounds); }); }));
-  return 2.0 * 128 * kRounds * pool.threads() / best / 1e9;
 }
 
 struct Problem {
@@ -120,7 +99,7 @@ int main(int argc, char** argv) {
   Context ctx;
   ctx.backend = &cpu_backend();
   ctx.pool = &pool;
-  const double flops = gflops_probe(pool), dram = probe_dram_read_bytes_per_s(pool) / 1e9;
+  const double flops = bench::probe_flops(ctx) / 1e9, dram = probe_dram_read_bytes_per_s(pool) / 1e9;
   for (const Problem& p : {Problem{"nano-teacher", 4, 2, 64, 0, 2048},
                            {"afm-4.5b-base", 20, 4, 128, 0, 512},
                            {"afm-4.5b-base", 20, 4, 128, 0, 2048},

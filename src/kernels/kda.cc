@@ -4,8 +4,7 @@
 
 namespace kda {
 
-void kda_forward(Context& ctx, const KdaForward& a) {
-  constexpr const char* op = "kda_forward";
+void door::check_forward(const char* op, const Context& ctx, const KdaForward& a) {
   KDA_CHECK(a.q.shape.rank == 3, op, ": q must be [T,H,K], got ", a.q.shape);
   KDA_CHECK(a.v.shape.rank == 3, op, ": v must be [T,H,V], got ", a.v.shape);
   KDA_CHECK(a.state.shape.rank == 4, op, ": state must be [slots,H,V,K], got ", a.state.shape);
@@ -20,6 +19,11 @@ void kda_forward(Context& ctx, const KdaForward& a) {
   door::check(op, "o", a.o, {T, H, V});
   door::check_packing(op, a.packing, T);
   door::check_slots(op, ctx, a.slots, a.packing.N(), a.state.dim(0));
+}
+
+void kda_forward(Context& ctx, const KdaForward& a) {
+  constexpr const char* op = "kda_forward";
+  door::check_forward(op, ctx, a);
   body(ctx, ctx.backend->kda_forward, op)(ctx, a);
 }
 

@@ -15,21 +15,8 @@ void check_wanted(const char* op, const char* name, const View& v, const Shape& 
 void kda_forward_keep(Context& ctx, const KdaForwardKeep& a) {
   constexpr const char* op = "kda_forward_keep";
   const KdaForward& f = a.forward;
-  KDA_CHECK(f.q.shape.rank == 3, op, ": q must be [T,H,K], got ", f.q.shape);
-  KDA_CHECK(f.v.shape.rank == 3, op, ": v must be [T,H,V], got ", f.v.shape);
-  KDA_CHECK(f.state.shape.rank == 4, op, ": state must be [slots,H,V,K], got ", f.state.shape);
-  const int64_t T = f.q.dim(0), H = f.q.dim(1), K = f.q.dim(2), V = f.v.dim(2);
-  KDA_CHECK(H > 0 && K > 0 && V > 0, op, ": H, K and V must be > 0, got ", H, ", ", K, " and ", V);
-  door::check(op, "q", f.q, {T, H, K});
-  door::check(op, "k", f.k, {T, H, K});
-  door::check(op, "v", f.v, {T, H, V});
-  door::check(op, "log_decay", f.log_decay, {T, H, K});
-  door::check(op, "beta", f.beta, {T, H});
-  door::check(op, "state", f.state, {f.state.dim(0), H, V, K});
-  door::check(op, "o", f.o, {T, H, V});
-  door::check_packing(op, f.packing, T);
-  door::check_slots(op, ctx, f.slots, f.packing.N(), f.state.dim(0));
-  door::check(op, "kept", a.kept, {kda_kept_floats(ctx, f.packing, H, K, V)});
+  door::check_forward(op, ctx, f);
+  door::check(op, "kept", a.kept, {kda_kept_floats(ctx, f.packing, f.q.dim(1), f.q.dim(2), f.v.dim(2))});
   body(ctx, ctx.backend->kda_forward_keep, op)(ctx, a);
 }
 

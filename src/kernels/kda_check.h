@@ -44,4 +44,7 @@ inline bool overlap(const ConstView& a, const ConstView& b) {
   return a.bytes() && b.bytes() && x < y + b.bytes() && y < x + a.bytes();
 }
 
+// What kda_forward takes, for every op that takes the same.
+void check_forward(const char* op, const Context&, const KdaForward&);
+
 }  // namespace kda::door

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "kernels/cpu/flush.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/partial_sums.h"
 
@@ -97,10 +96,7 @@ void conv_silu_backward(Context& ctx, const ConvBackward& a) {
   float* sums =
       static_cast<float*>(workspace(ctx, conv_silu_backward_workspace_bytes(ctx, T, C), "conv_silu_backward"));
   const auto tokens = HWY_DYNAMIC_DISPATCH(ConvBackwardTokens);
-  ctx.pool->run(blocks, [&](int64_t task, int) {
-    const FlushTiny flush;
-    tokens(a, task * kSumBlock, std::min(T, (task + 1) * kSumBlock), sums + task * 4 * C);
-  });
+  each_sum_block(*ctx.pool, T, 4 * C, sums, [&](int64_t from, int64_t to, float* own) { tokens(a, from, to, own); });
   add_partials(sums, blocks, 4 * C, 4 * C, a.dw);
 }
 

@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels/cpu/flush.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/partial_sums.h"
 #include "kernels/kda_backward.h"
@@ -81,10 +80,7 @@ void kda_output_backward(Context& ctx, const KdaOutputBackward& a) {
   float* sums =
       static_cast<float*>(workspace(ctx, kda_output_backward_workspace_bytes(ctx, T, H, V), "kda_output_backward"));
   const auto tokens = HWY_DYNAMIC_DISPATCH(OutputBackwardTokens);
-  ctx.pool->run(blocks, [&](int64_t task, int) {
-    const FlushTiny flush;
-    tokens(a, task * kSumBlock, std::min(T, (task + 1) * kSumBlock), sums + task * n);
-  });
+  each_sum_block(*ctx.pool, T, n, sums, [&](int64_t from, int64_t to, float* own) { tokens(a, from, to, own); });
   add_partials(sums, blocks, n, V, a.dw);
   add_partials(sums + V, blocks, n, H * V, a.d_g_bias);
 }

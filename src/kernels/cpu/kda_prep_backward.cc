@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels/cpu/flush.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/partial_sums.h"
 #include "kernels/kda_backward.h"
@@ -104,10 +103,7 @@ void kda_prep_backward(Context& ctx, const KdaPrepBackward& a) {
   float* sums =
       static_cast<float*>(workspace(ctx, kda_prep_backward_workspace_bytes(ctx, T, H, K), "kda_prep_backward"));
   const auto tokens = HWY_DYNAMIC_DISPATCH(PrepBackwardTokens);
-  ctx.pool->run(blocks, [&](int64_t task, int) {
-    const FlushTiny flush;
-    tokens(a, task * kSumBlock, std::min(T, (task + 1) * kSumBlock), sums + task * n);
-  });
+  each_sum_block(*ctx.pool, T, n, sums, [&](int64_t from, int64_t to, float* own) { tokens(a, from, to, own); });
   add_partials(sums, blocks, n, H, a.dA_log);
   add_partials(sums + H, blocks, n, H * K, a.d_dt_bias);
 }

@@ -13,7 +13,8 @@ size_t size_of(Dtype t) {
     case Dtype::i16: return 2;
     case Dtype::i8:
     case Dtype::u8:
-    case Dtype::boolean: return 1;
+    case Dtype::boolean:
+    case Dtype::f8_e4m3: return 1;
   }
   return 0;
 }
@@ -30,6 +31,7 @@ std::string_view name_of(Dtype t) {
     case Dtype::i8: return "i8";
     case Dtype::u8: return "u8";
     case Dtype::boolean: return "bool";
+    case Dtype::f8_e4m3: return "f8_e4m3";
   }
   return "?";
 }

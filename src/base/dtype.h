@@ -7,7 +7,7 @@
 
 namespace kda {
 
-enum class Dtype : uint8_t { f32, bf16, f16, f64, i8, u8, i16, i32, i64, boolean };
+enum class Dtype : uint8_t { f32, bf16, f16, f64, i8, u8, i16, i32, i64, boolean, f8_e4m3 };
 
 size_t size_of(Dtype);             // bytes of one element
 std::string_view name_of(Dtype);   // "f32", "bf16", ..

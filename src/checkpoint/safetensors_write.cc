@@ -21,6 +21,7 @@ const char* file_name_of(Dtype t) {
     case Dtype::i32: return "I32";
     case Dtype::i64: return "I64";
     case Dtype::boolean: return "BOOL";
+    case Dtype::f8_e4m3: return "F8_E4M3";
   }
   throw Error("safetensors: dtype without a name");
 }

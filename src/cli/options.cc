@@ -31,15 +31,15 @@ void add_model_folder(CLI::App& app, std::string& model) {
 
 void add_model_options(CLI::App& app, ModelOptions& o) {
   add_model_folder(app, o.model);
-  app.add_option("--device", o.device, "where to run")->check(CLI::IsMember({"auto", "cpu"}))->capture_default_str();
+  app.add_option("--device", o.device, "where to run; auto: a GPU if one answers, else the CPU")->check(CLI::IsMember({"auto", "cpu", "cuda"}))->capture_default_str();
   app.add_option("--precision", o.precision, "fast: bf16 products where the CPU has them; exact: fp32")
       ->check(CLI::IsMember({"fast", "exact"}))
       ->capture_default_str();
   app.add_option("-t,--threads", o.threads, "threads; 0: one per core")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
-  app.add_option("--weights", o.weights, "stored: as in the files; int8: made at load, one scale per row")
-      ->check(CLI::IsMember({"stored", "int8"}))
+  app.add_option("--weights", o.weights, "stored: as in the files (on a GPU bf16); int8 and, on a GPU, fp8: made at load, one scale per row")
+      ->check(CLI::IsMember({"stored", "int8", "fp8"}))
       ->capture_default_str();
   app.add_option("--weight-cache", o.weight_cache,
                  "with int8: a file to keep the converted weights in (`auto`: kda-int8.safetensors in the model folder)");
@@ -57,7 +57,8 @@ EngineOptions engine_options(const ModelOptions& o) {
   EngineOptions e;
   e.precision = o.precision == "exact" ? Precision::exact : Precision::fast;
   e.threads = o.threads;
-  e.weights = o.weights == "int8" ? WeightKind::int8 : WeightKind::stored;
+  e.device = o.device == "cpu" ? DeviceKind::cpu : o.device == "cuda" ? DeviceKind::cuda : DeviceKind::automatic;
+  e.weights = o.weights == "int8" ? WeightKind::int8 : o.weights == "fp8" ? WeightKind::fp8 : WeightKind::stored;
   KDA_CHECK(o.weight_cache.empty() || e.weights == WeightKind::int8, "--weight-cache needs --weights int8");
   e.weight_cache = o.weight_cache;
   if (o.weight_cache == "auto") e.weight_cache = model_folder(o.model) / "kda-int8.safetensors";

@@ -102,8 +102,10 @@ ModelOptions other_model(const Options& o) {
   ModelOptions m = o.model;
   m.weights = "stored";
   m.weight_cache.clear();
+  if (o.compare == "exact" && m.device == "cuda") m.device = "cpu";  // the only place that has it
   if (o.compare == "fast" || o.compare == "exact") m.precision = o.compare;
-  else if (o.compare == "int8") m.weights = "int8";
+  else if (o.compare == "int8" || o.compare == "fp8") m.weights = o.compare;
+  else if (o.compare == "cpu" || o.compare == "cuda") m.device = o.compare;
   else if (o.compare != "stored") m.model = o.compare;
   return m;
 }
@@ -212,7 +214,7 @@ void add_score(CLI::App& app) {
       ->check(whole_number());
   c->add_option("--max-tokens", o->max_tokens, "take this many tokens at most; 0: all")->check(whole_number());
   c->add_option("--compare", o->compare,
-                "score again and print the difference: `stored` weights, `int8` weights, `fast` or `exact` products, or another model folder");
+                "score again and print the difference: `stored`, `int8` or `fp8` weights, `fast` or `exact` products, on the `cpu` or with `cuda`, or another model folder");
   c->add_option("--out", o->out, "write logits.N [T,vocabulary] of each sequence N to this safetensors file (held in memory until then)");
   c->add_flag("--hidden", o->hidden,
               "with --out: also hidden.N.L [T,D] (0: embedding, L: after layer L, before the final norm) and state.N.L [H,V,K]");

@@ -18,6 +18,8 @@ void attention(Context& ctx, const Attention& a) {
   for (const ConstView& x : {a.k, a.v, ConstView(a.o), ConstView(a.k_cache), ConstView(a.v_cache)})
     KDA_CHECK(x.dtype == a.q.dtype, "attention: all must be ", name_of(a.q.dtype), " as q is, got ", name_of(x.dtype),
               " ", x.shape);
+  KDA_CHECK(a.q.dtype == ctx.backend->activation, "attention: q must be ", name_of(ctx.backend->activation), ", got ",
+            name_of(a.q.dtype));
   const auto& start = a.packing.host_start;
   KDA_CHECK(!start.empty() && start.front() == 0 && start.back() == T, "attention: the packing must run from 0 to the ",
             T, " tokens of q");
@@ -27,6 +29,10 @@ void attention(Context& ctx, const Attention& a) {
             " new tokens of one sequence, the cache holds ", a.k_cache.dim(1));
   KDA_CHECK(a.packing.N() == 0 || (a.slot && a.past), "attention: slot and past must be given");
   body(ctx, ctx.backend->attention, "attention")(ctx, a);
+}
+
+size_t attention_workspace_bytes(const Context& ctx, int64_t T, int64_t H, int64_t d, int64_t capacity) {
+  return ctx.backend->attention_workspace(ctx, T, H, d, capacity);
 }
 
 }  // namespace kda

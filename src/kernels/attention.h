@@ -5,7 +5,8 @@
 //   o[t,h,:] = sum_i softmax_i(d^-1/2 q[t,h,:] . k[i,h / (H/G),:]) v[i, h / (H/G), :]
 //
 // One op for prompts and for single tokens: a row's order of summation depends on its position only.
-// dtypes (cpu)  all f32; past, slot i32.
+// slot = -1: a place of a fixed-size batch that nobody uses; nothing is appended and its o is unspecified but finite.
+// dtypes        f32 (cpu) | bf16 (cuda); past, slot i32.
 #pragma once
 #include "kernels/backend.h"
 

@@ -4,7 +4,10 @@
 // in each backend. A backend without a body says nullptr; its door then throws `OP: no body in backend NAME`.
 #pragma once
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/parallel.h"
@@ -34,9 +37,23 @@ struct Slots {
   const int32_t* out = nullptr;
 };
 
+// A state wanted inside a sequence (for prefix caches): that of sequence `sequence` after its first `tokens` tokens of
+// this call goes to pool slot `slot`. tokens: a multiple of 64, > 0 and < the sequence's tokens; marks are sorted by
+// (sequence, tokens); no slot is used twice or by anything else of the call.
+struct StateMark {
+  int32_t sequence, tokens, slot;
+};
+struct StateMarks {
+  std::span<const StateMark> host;
+  const StateMark* device = nullptr;  // the same in the backend's memory; on the CPU the same array
+};
+
 struct Embedding;
 struct RmsNorm;
+struct AddRmsNorm;
 struct Matmul;
+struct NormMatvec;
+struct MatvecAdd;
 struct AddRows;
 struct AddBias;
 struct Relu2;
@@ -47,7 +64,10 @@ struct Conv;
 struct KdaPrep;
 struct KdaForward;
 struct KdaOutput;
+struct KdaPrefill;
 struct KdaDecode;
+struct Sample;
+struct QuantizeRows;
 struct MatmulDx;
 struct MatmulDw;
 struct RmsNormBackward;
@@ -68,14 +88,41 @@ struct LogitsLoss;
 struct HiddenLoss;
 struct TopK;
 
+// Work that was recorded once: run() makes the same launches on the same memory, with what its arrays hold then.
+class Recorded {
+ public:
+  virtual ~Recorded() = default;
+  virtual void run(Context&) = 0;
+};
+
 struct Backend {
   const char* name;
+  Dtype activation;  // of everything between a layer's norm and what it adds to the residual stream, which is f32
+  std::string (*unavailable)();  // why nothing of this backend answers here, in a sentence; empty when it does
+  void (*open)(Context&);        // device, streams and handles of a new context; throws Error with the cause
   Tensor (*alloc)(Dtype, Shape);                                     // zeroed
-  void (*copy)(Context&, void* dst, const void* src, size_t bytes);  // either way; done when it returns
+  // Either way, in the order of the compute stream: src may be reused, and a dst on the host read, when it returns.
+  void (*copy)(Context&, void* dst, const void* src, size_t bytes);
+  // Many bytes from pageable host memory (a mapped file), as fast as the slower of both sides; done when it returns.
+  void (*upload)(Context&, void* dst, const void* src, size_t bytes);
+  // Records what `work` launches, without running it. nullptr where a backend runs at once.
+  std::unique_ptr<Recorded> (*record)(Context&, const std::function<void()>& work);
+  // Bytes of scratch: what X_workspace_bytes of kernels/X.h asks.
+  size_t (*matmul_workspace)(const Context&, int64_t R, int64_t K, int64_t N);
+  size_t (*matvec_workspace)(const Context&, int64_t R, int64_t K, int64_t N);
+  size_t (*attention_workspace)(const Context&, int64_t T, int64_t H, int64_t d, int64_t capacity);
+  size_t (*kda_prefill_workspace)(const Context&, int64_t T, int64_t N, int64_t H, int64_t K, int64_t V);
+  size_t (*kda_decode_workspace)(const Context&, int64_t N, int64_t H, int64_t K, int64_t V);
+  size_t (*sample_workspace)(const Context&, int64_t R, int64_t vocabulary);
   void (*embedding)(Context&, const Embedding&);
   void (*rms_norm)(Context&, const RmsNorm&);
+  void (*add_rms_norm)(Context&, const AddRmsNorm&);
   void (*matmul)(Context&, const Matmul&);
+  void (*matmul_relu2)(Context&, const Matmul&);
   void (*matvec)(Context&, const Matmul&);
+  void (*norm_matvec)(Context&, const NormMatvec&);
+  void (*norm_matvec_relu2)(Context&, const NormMatvec&);
+  void (*matvec_add)(Context&, const MatvecAdd&);
   void (*add_rows)(Context&, const AddRows&);
   void (*add_bias)(Context&, const AddBias&);
   void (*relu2)(Context&, const Relu2&);
@@ -85,8 +132,11 @@ struct Backend {
   void (*conv_silu)(Context&, const Conv&);
   void (*kda_prep)(Context&, const KdaPrep&);
   void (*kda_forward)(Context&, const KdaForward&);
+  void (*kda_prefill)(Context&, const KdaPrefill&);
   void (*kda_output)(Context&, const KdaOutput&);
   void (*kda_decode)(Context&, const KdaDecode&);
+  void (*sample)(Context&, const Sample&);
+  void (*quantize_rows)(Context&, const QuantizeRows&);
   // training
   void (*matmul_dx)(Context&, const MatmulDx&);
   void (*matmul_dw)(Context&, const MatmulDw&);
@@ -118,13 +168,14 @@ struct Context {
   Tensor workspace;             // u8 [bytes] in the backend's memory
   void* stream = nullptr;       // cudaStream_t for CUDA: compute
   void* copy_stream = nullptr;  // cudaStream_t for CUDA: copies
+  std::shared_ptr<void> device; // what open() made: the backend's handles, its properties, cached plans
 };
 
 // Throws Error unless the context's workspace holds `bytes`; returns its start.
 void* workspace(Context&, size_t bytes, const char* op);
 
 const Backend& cpu_backend();
-const Backend* cuda_backend();  // nullptr when built without CUDA (cuda/none.cc) or when no device answers
+const Backend* cuda_backend();  // nullptr when built without CUDA (cuda/none.cc); see `unavailable`
 
 // Used by the doors: throws unless the backend has a body for the op.
 template <class F>

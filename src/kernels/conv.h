@@ -4,7 +4,7 @@
 //
 // The window pool is shared by q, k and v (channels q|k|v, oldest token first); a call handles the C channels from
 // `channel` on. The window left behind holds the last 3 inputs, older window rows included when a sequence brought fewer.
-// dtypes (cpu)  all f32.   Source: fla/modules/convolution.py @ bc3b101d.
+// dtypes        f32 (cpu); x, y, window bf16 and w f32 (cuda).   Source: fla/modules/convolution.py @ bc3b101d.
 #pragma once
 #include "kernels/backend.h"
 
@@ -20,6 +20,7 @@ struct Conv {
   Slots slots;
   Packing packing;
   View y;               // [T,C]  may not be x
+  StateMarks marks = {};
 };
 
 void conv_silu(Context&, const Conv&);

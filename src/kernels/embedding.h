@@ -1,5 +1,5 @@
 // kernels/embedding.h — rows of a table by token id.
-// dtypes (cpu)  table f32 | bf16 | f16; ids i32; y f32.
+// dtypes        table f32 | bf16 | f16; ids i32; y f32.
 // Ids are not checked here: whoever takes ids from outside refuses those outside [0, vocabulary).
 #pragma once
 #include "kernels/backend.h"

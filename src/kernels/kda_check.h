@@ -11,6 +11,14 @@ inline void check(const char* op, const char* name, const ConstView& v, const Sh
   KDA_CHECK(v.data || v.size() == 0, op, ": ", name, " ", v.shape, " has no memory");
 }
 
+// The same for an activation: of the backend's dtype.
+inline void check_act(const Context& ctx, const char* op, const char* name, const ConstView& v, const Shape& want) {
+  const Dtype act = ctx.backend->activation;
+  KDA_CHECK(v.shape == want && v.dtype == act, op, ": ", name, " must be ", name_of(act), " ", want, ", got ",
+            name_of(v.dtype), " ", v.shape);
+  KDA_CHECK(v.data || v.size() == 0, op, ": ", name, " ", v.shape, " has no memory");
+}
+
 // `start` begins at 0, never falls and ends at T.
 inline void check_packing(const char* op, const Packing& p, int64_t T) {
   KDA_CHECK(!p.host_start.empty(), op, ": the packing has no start array");
@@ -35,6 +43,25 @@ inline void check_slots(const char* op, const Context& ctx, const Slots& s, int6
     for (int64_t m = 0; s.out[n] >= 0 && m < N; ++m)
       KDA_CHECK(m == n || (s.out[n] != s.out[m] && s.out[n] != s.in[m]), op, ": slot ", s.out[n],
                 " is written by sequence ", n, " and used by sequence ", m);
+  }
+}
+
+// Marks are sorted, at multiples of 64 inside their sequences, each with a slot of its own inside a pool of `size`.
+inline void check_marks(const char* op, const StateMarks& marks, const Packing& p, int64_t size) {
+  KDA_CHECK(marks.host.empty() || marks.device, op, ": the marks are missing in the backend's memory");
+  for (size_t i = 0; i < marks.host.size(); ++i) {
+    const StateMark& m = marks.host[i];
+    KDA_CHECK(m.sequence >= 0 && m.sequence < p.N(), op, ": mark ", i, " is in sequence ", m.sequence, " of ", p.N());
+    const int64_t length = p.host_start[size_t(m.sequence) + 1] - p.host_start[size_t(m.sequence)];
+    KDA_CHECK(m.tokens > 0 && m.tokens % 64 == 0 && m.tokens < length, op, ": mark ", i,
+              " must be at a multiple of 64 tokens below the sequence's ", length, ", is at ", m.tokens);
+    KDA_CHECK(m.slot >= 0 && m.slot < size, op, ": mark ", i, " has slot ", m.slot, ", the pool has ", size);
+    for (size_t j = 0; j < i; ++j) {
+      const StateMark& o = marks.host[j];
+      KDA_CHECK(o.sequence < m.sequence || (o.sequence == m.sequence && o.tokens < m.tokens), op,
+                ": marks must be sorted by sequence and tokens, mark ", i, " is not");
+      KDA_CHECK(o.slot != m.slot, op, ": marks ", j, " and ", i, " share slot ", m.slot);
+    }
   }
 }
 

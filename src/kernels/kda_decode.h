@@ -1,7 +1,9 @@
 // kernels/kda_decode.h — one generated token of a KDA layer for each of N sequences, from projections to the input of
 // o_proj: window shift, conv, SiLU, unit length, gates, recurrence, gated norm. Bound by reading and writing the state
 // once each: 8 H K V bytes per sequence.
-// The parts' maths: conv.h, kda_prep.h, kda.h.   dtypes (cpu): all f32.
+// The parts' maths: conv.h, kda_prep.h, kda.h.
+// dtypes        all f32 (cpu); q, k, v, f, b, g, y, window bf16, the rest f32 (cuda).
+// A sequence with slots.in = -1 starts from zeros, one with slots.out = -1 leaves nothing behind.
 #pragma once
 #include "kernels/backend.h"
 #include "kernels/kda_prep.h"

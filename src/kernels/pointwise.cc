@@ -14,7 +14,11 @@ void rows(const char* op, const ConstView& y) {
 
 void add_rows(Context& ctx, const AddRows& a) {
   rows("add_rows", a.y);
-  same("add_rows", "x", a.x, a.y);
+  KDA_CHECK(a.y.dtype == Dtype::f32 || a.y.dtype == ctx.backend->activation, "add_rows: y must be f32, got ",
+            name_of(a.y.dtype));
+  KDA_CHECK(a.x.shape == a.y.shape && (a.x.dtype == a.y.dtype || a.x.dtype == ctx.backend->activation),
+            "add_rows: x must be ", name_of(a.y.dtype), " ", a.y.shape, " as y is, got ", name_of(a.x.dtype), " ",
+            a.x.shape);
   body(ctx, ctx.backend->add_rows, "add_rows")(ctx, a);
 }
 

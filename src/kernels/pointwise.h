@@ -1,4 +1,5 @@
-// kernels/pointwise.h — elementwise parts of a layer. dtypes (cpu): all f32.
+// kernels/pointwise.h — elementwise parts of a layer. dtypes: f32 (cpu) | bf16 (cuda); y of
+// add_rows and add_bias may be f32 on both, bias is f32.
 #pragma once
 #include "kernels/backend.h"
 

@@ -3,7 +3,7 @@
 //   angle = f32(position) * inv_freq[i], rounded to f32 (as transformers does: float64 angles differ at 65k)
 //   x'[i] = factor * (x[i] cos - x[i+d/2] sin)        x'[i+d/2] = factor * (x[i+d/2] cos + x[i] sin)
 //
-// dtypes (cpu)  x f32, inv_freq f32, position i32.
+// dtypes        x f32 (cpu) | bf16 (cuda), inv_freq f32, position i32.
 #pragma once
 #include "kernels/backend.h"
 

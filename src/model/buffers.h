@@ -12,23 +12,25 @@ class Arena {
   Arena() = default;
   explicit Arena(Tensor memory) : memory_(std::move(memory)) {}
   void reset() { used_ = 0; }
-  View take(Shape s);
-  // Bytes that take(s) uses.
-  static int64_t bytes(Shape s);
+  View take(Dtype, Shape);
+  // Bytes that take() uses.
+  static int64_t bytes(Dtype, Shape);
 
  private:
   Tensor memory_;
   int64_t used_ = 0;
 };
 
-// Sized by plan() for at most `rows` tokens a pass and `capacity` tokens of keys and values.
+// Sized by plan() for at most `rows` tokens and `sequences` sequences a pass, and `capacity` tokens of keys and values.
 struct Buffers {
-  int64_t rows = 0, capacity = 0;
+  int64_t rows = 0, sequences = 0, capacity = 0;
+  Dtype activation = Dtype::f32;
   Tensor x;          // f32 [rows,D]  the residual stream
   Tensor ids;        // i32 [rows]
   Tensor position;   // i32 [rows]
-  Tensor start;      // i32 [rows+1]
-  Tensor slot_in, slot_out, past;  // i32 [rows]
+  Tensor start;      // i32 [sequences+1]
+  Tensor slot_in, slot_out, past;  // i32 [sequences]
+  Tensor picked;     // i32 [sequences]  rows whose logits are wanted
   Arena arena;
   int64_t arena_bytes = 0;
   Tensor workspace;  // u8
@@ -36,6 +38,6 @@ struct Buffers {
   int64_t bytes() const;
 };
 
-Buffers plan_buffers(Context&, const Weights&, int64_t rows, int64_t capacity);
+Buffers plan_buffers(Context&, const Weights&, int64_t rows, int64_t sequences, int64_t capacity);
 
 }  // namespace kda

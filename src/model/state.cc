@@ -29,8 +29,9 @@ void StatePool::reserve(Context& ctx, int64_t slots, int64_t tokens) {
   // Keys and values grow by half at least, so that a long generation moves each token a few times only.
   const int64_t more_tokens = tokens <= capacity_ ? capacity_ : std::max({tokens, capacity_ + capacity_ / 2, int64_t(64)});
   if (more_slots == slots_ && more_tokens == capacity_) return;
-  const auto grow = [&](Tensor& pool, Shape shape) {
-    Tensor larger = ctx.backend->alloc(Dtype::f32, shape);
+  const Dtype act = ctx.backend->activation;
+  const auto grow = [&](Tensor& pool, Dtype dtype, Shape shape) {
+    Tensor larger = ctx.backend->alloc(dtype, shape);
     for (int32_t s = 0; pool && s < slots_; ++s) {
       const View from = slot(pool, s);
       ctx.backend->copy(ctx, slot(larger, s).data, from.data, from.bytes());
@@ -40,11 +41,11 @@ void StatePool::reserve(Context& ctx, int64_t slots, int64_t tokens) {
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Sizes& z = sizes_[l];
     if (z.mixer == Mixer::full) {
-      grow(layers_[l].k, {more_slots, more_tokens, z.G, z.d});
-      grow(layers_[l].v, {more_slots, more_tokens, z.G, z.d});
+      grow(layers_[l].k, act, {more_slots, more_tokens, z.G, z.d});
+      grow(layers_[l].v, act, {more_slots, more_tokens, z.G, z.d});
     } else if (more_slots > slots_) {
-      grow(layers_[l].S, {more_slots, z.H, z.V, z.K});
-      grow(layers_[l].window, {more_slots, 3, 2 * z.H * z.K + z.H * z.V});
+      grow(layers_[l].S, Dtype::f32, {more_slots, z.H, z.V, z.K});
+      grow(layers_[l].window, act, {more_slots, 3, 2 * z.H * z.K + z.H * z.V});
     }
   }
   slots_ = more_slots;

@@ -1,7 +1,8 @@
 // model/state.h — what a model remembers of its sequences, in pools, one per layer, sized layer by layer.
 //
-//   KDA layer             S f32 [slots,H,V,K], window f32 [slots,3,2HK+HV]: the same size at any length
-//   full-attention layer  keys and values f32 [slots,capacity,G,d]: capacity grows with the longest sequence
+//   KDA layer             S f32 [slots,H,V,K], window [slots,3,2HK+HV]: the same size at any length
+//   full-attention layer  keys and values [slots,capacity,G,d]: capacity grows with the longest sequence
+// Windows, keys and values have the backend's activation dtype.
 #pragma once
 #include <vector>
 

@@ -23,6 +23,8 @@ struct Running {
   std::unique_ptr<StreamDecoder> decoder;
   StopMatcher stops{{}};
   bool done = false;
+  bool drawn = false;  // `next` is this sequence's next token, pushed already
+  Sampled next;
 };
 
 }  // namespace
@@ -97,43 +99,57 @@ std::vector<Generated> generate(Engine& engine, const std::vector<GenerationRequ
   };
 
   SamplerScratch scratch;
-  std::vector<Session*> pending;
+  std::vector<Engine::Draw> pending;
+  std::vector<Running*> whose;
   for (;;) {
     const bool cancelled = callbacks.cancelled && callbacks.cancelled();
     pending.clear();
+    whose.clear();
     for (Running& r : running) {
       if (r.done) continue;
       Generated& g = results[r.index];
       const SamplingParams& p = r.params;
-      if (cancelled) {
-        finish(r, "cancelled");
-        continue;
+      const auto go_on = [&] {
+        if (cancelled) return finish(r, "cancelled");
+        pending.push_back({r.session, &p, uint32_t(r.index)});
+        whose.push_back(&r);
+      };
+      if (!r.drawn) {
+        if (cancelled) {
+          finish(r, "cancelled");
+          continue;
+        }
+        if (int64_t(g.tokens.size()) >= p.max_new_tokens) {
+          finish(r, "length");
+          continue;
+        }
+        if (r.session->pending()) {  // continued from a session that stopped on a fresh token
+          go_on();
+          continue;
+        }
+        r.next = sample(p, r.session->logits(), r.session->tokens(), r.session->prompt_length(), uint32_t(r.index), scratch);
+        r.session->push(r.next.id);
       }
-      if (int64_t(g.tokens.size()) >= p.max_new_tokens) {
-        finish(r, "length");
-        continue;
-      }
-      if (r.session->pending()) {  // continued from a session that stopped on a fresh token
-        pending.push_back(r.session);
-        continue;
-      }
-      const Sampled s = sample(p, r.session->logits(), r.session->tokens(), r.session->prompt_length(), uint32_t(r.index), scratch);
-      g.tokens.push_back(s.id);
-      if (p.logprobs >= 0) g.sampled.push_back(s);
-      r.session->push(s.id);
+      r.drawn = false;
+      g.tokens.push_back(r.next.id);
+      if (p.logprobs >= 0) g.sampled.push_back(r.next);
       ++t.generated_tokens;
-      if (callbacks.on_token) callbacks.on_token(r.index, s);
-      if (ends_sequence(p, s.id)) {
+      if (callbacks.on_token) callbacks.on_token(r.index, r.next);
+      if (ends_sequence(p, r.next.id)) {
         finish(r, "stop");
         continue;
       }
-      if (r.decoder) emit(r, r.stops.push(r.decoder->push(s.id)));
+      if (r.decoder) emit(r, r.stops.push(r.decoder->push(r.next.id)));
       if (r.stops.stopped()) finish(r, "stop");
       else if (int64_t(g.tokens.size()) >= p.max_new_tokens) finish(r, "length");
-      else pending.push_back(r.session);
+      else go_on();
     }
     if (pending.empty()) break;
-    engine.decode(pending);
+    std::vector<Sampled> next = engine.step(pending);
+    for (size_t i = 0; i < whose.size(); ++i) {
+      whose[i]->next = std::move(next[i]);
+      whose[i]->drawn = true;
+    }
   }
   t.generate_s = seconds_since(generating);
   if (times) *times = t;

@@ -1,5 +1,6 @@
 #include "runtime/session.h"
 
+#include <algorithm>
 #include <charconv>
 #include <utility>
 
@@ -31,6 +32,22 @@ Tensor take(const SafetensorsFile& f, const std::string& name, Dtype dtype, cons
   KDA_CHECK(t.dtype() == dtype && t.shape() == shape, f.path().string(), ": `", name, "` must be ", name_of(dtype), " ",
             shape, ", is ", name_of(t.dtype()), " ", t.shape());
   return t;
+}
+
+// Saved files hold f32 whatever the backend keeps: bf16 goes there and back without loss.
+Tensor widened(const Tensor& t) {
+  if (t.dtype() == Dtype::f32) return t;
+  Tensor out = host_tensor(Dtype::f32, t.shape());
+  const bf16* from = t.v.as<bf16>();
+  std::transform(from, from + t.shape().size(), out.v.as<float>(), [](bf16 x) { return float(x); });
+  return out;
+}
+Tensor narrowed(const Tensor& t, Dtype to) {
+  if (t.dtype() == to) return t;
+  Tensor out = host_tensor(Dtype::bf16, t.shape());
+  const float* from = t.v.as<float>();
+  std::transform(from, from + t.shape().size(), out.v.as<bf16>(), [](float x) { return bf16(x); });
+  return out;
 }
 
 }  // namespace
@@ -99,8 +116,8 @@ void Session::save(const std::filesystem::path& path) const {
   const auto add = [&](const std::string& name, View from) {
     Tensor host = host_tensor(from.dtype, from.shape);
     engine_->ctx_.backend->copy(engine_->ctx_, host.v.data, from.data, from.bytes());
-    tensors[name] = host;
-    kept.push_back(std::move(host));
+    kept.push_back(widened(host));
+    tensors[name] = kept.back();
   };
   if (!tokens_.empty()) tensors["tokens"] = view(tokens_.data(), {int64_t(tokens_.size())});
   if (!logits_.empty()) tensors["logits"] = view(logits_.data(), {int64_t(logits_.size())});
@@ -183,13 +200,14 @@ Session Session::restore(Engine& engine, const std::filesystem::path& path) {
   KDA_CHECK(used == file.tensors().size(), path.string(), ": holds ", file.tensors().size(),
             " tensors, this model's session has ", used);
   s.slot_ = engine.take_slot();
-  engine.states_->reserve(engine.ctx_, 0, n);
+  engine.ready(1, 1, n);
   for (size_t l = 0; l < layers.size(); ++l) {
     const LayerState& state = engine.states_->layer(l);
     const Tensor* pools[] = {state.S ? &state.S : &state.k, state.S ? &state.window : &state.v};
-    for (size_t i = 0; i < 2; ++i)
-      engine.ctx_.backend->copy(engine.ctx_, StatePool::slot(*pools[i], s.slot_).data, parts[l][i].v.data,
-                                parts[l][i].v.bytes());
+    for (size_t i = 0; i < 2; ++i) {
+      const Tensor part = narrowed(parts[l][i], pools[i]->dtype());
+      engine.ctx_.backend->copy(engine.ctx_, StatePool::slot(*pools[i], s.slot_).data, part.v.data, part.v.bytes());
+    }
   }
   return s;
 }

@@ -57,7 +57,7 @@ class Measurement {
               const CalibrateOptions& options)
       : ctx_(ctx), model_(teacher), options_(options), pool_(ctx, teacher.config, 1) {
     pool_.reserve(ctx, 1, longest);
-    buffers_ = plan_buffers(ctx, teacher, longest, pool_.capacity());
+    buffers_ = plan_buffers(ctx, teacher, longest, 1, pool_.capacity());
     size_t scratch = buffers_.workspace.v.bytes();
     const int64_t D = teacher.config.width;
     for (size_t l = 0; l < layers.size(); ++l) {

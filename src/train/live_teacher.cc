@@ -37,7 +37,7 @@ class LiveTeacher : public Teacher {
         room_(std::max(longest_, std::min(2 * block_, kSequences * longest_))),
         model_(lowest_layers(w, wants)),
         states_(ctx, model_.config(), std::min(rows, kSequences)),
-        buffers_(plan_buffers(ctx, model_.weights(), block_, room_)) {
+        buffers_(plan_buffers(ctx, model_.weights(), block_, block_, room_)) {
     states_.reserve(ctx, 0, (room_ + states_.slots() - 1) / states_.slots());
     bytes_ = states_.bytes() + buffers_.bytes();
     const auto output = [&](int64_t layer, TapPoint point, ConstView& view) {

@@ -134,7 +134,7 @@ TEST_P(TrainingModel, ForwardEqualsTheInferencePass) {
   Transformer model(w);
   StatePool states(ctx, w.config, N);
   states.reserve(ctx, N, 64);
-  Buffers buffers = plan_buffers(ctx, w, T, 64);
+  Buffers buffers = plan_buffers(ctx, w, T, T, 64);
   std::vector<int32_t> none(size_t(N), -1), slot(static_cast<size_t>(N)), zero(static_cast<size_t>(N));
   for (size_t n = 0; n < slot.size(); ++n) slot[n] = int32_t(n);
   model.prefill(ctx, buffers, states,

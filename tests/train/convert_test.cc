@@ -152,7 +152,7 @@ std::vector<std::vector<float>> mixer_inputs(Context& ctx, const Weights& w, con
   const Transformer model(w);
   StatePool pool(ctx, w.config, 1);
   pool.reserve(ctx, 1, T);
-  Buffers buffers = plan_buffers(ctx, w, T, pool.capacity());
+  Buffers buffers = plan_buffers(ctx, w, T, T, pool.capacity());
   std::vector<std::vector<float>> x(w.layers.size(), std::vector<float>(size_t(T * D)));
   std::vector<Tap> taps;
   for (size_t l = 0; l < x.size(); ++l) taps.push_back({int64_t(l), TapPoint::mixer_in, view(x[l].data(), {T, D})});
@@ -245,7 +245,7 @@ double mixer_error(Context& ctx, const Weights& teacher, const Weights& student,
       const Transformer model(w);
       StatePool pool(ctx, w.config, 1);
       pool.reserve(ctx, 1, T);
-      Buffers buffers = plan_buffers(ctx, w, T, pool.capacity());
+      Buffers buffers = plan_buffers(ctx, w, T, T, pool.capacity());
       outputs[which].resize(size_t(T * D));
       const Tap tap{int64_t(l), TapPoint::mixer_out, view(outputs[which].data(), {T, D})};
       const int32_t start[] = {0, int32_t(T)}, in[] = {-1}, out[] = {0}, past[] = {0};

@@ -38,7 +38,7 @@ struct Plain {
       if (T == 0) continue;
       StatePool states(ctx, w.config, 1);
       states.reserve(ctx, 1, T);
-      Buffers buffers = plan_buffers(ctx, w, T, T);
+      Buffers buffers = plan_buffers(ctx, w, T, T, T);
       std::vector<Tap> taps;
       std::vector<std::vector<float>> memory(size_t(3 * L + 1), std::vector<float>(size_t(T * D)));
       for (int64_t l = -1; l < L; ++l)

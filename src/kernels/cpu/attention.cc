@@ -366,7 +366,7 @@ void attention(Context& ctx, const Attention& a) {
 
 }  // namespace cpu
 
-size_t attention_workspace_bytes(const Context& ctx, int64_t, int64_t H, int64_t d, int64_t) {
+size_t cpu::attention_workspace(const Context& ctx, int64_t, int64_t H, int64_t d, int64_t) {
   const int64_t threads = ctx.pool ? ctx.pool->threads() : 1;
   return cpu::TileScratch::bytes(std::max(H, cpu::kRows), d) * size_t(threads);
 }

@@ -7,15 +7,35 @@
 
 namespace kda {
 
+namespace {
+void copy(Context&, void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
+}  // namespace
+
 const Backend& cpu_backend() {
   static const Backend table{
       .name = "cpu",
+      .activation = Dtype::f32,
+      .unavailable = [] { return std::string(); },
+      .open = [](Context&) {},
       .alloc = host_tensor,
-      .copy = [](Context&, void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); },
+      .copy = copy,
+      .upload = copy,
+      .record = nullptr,
+      .matmul_workspace = cpu::matmul_workspace,
+      .matvec_workspace = cpu::matvec_workspace,
+      .attention_workspace = cpu::attention_workspace,
+      .kda_prefill_workspace = cpu::kda_prefill_workspace,
+      .kda_decode_workspace = cpu::kda_decode_workspace,
+      .sample_workspace = nullptr,
       .embedding = cpu::embedding,
       .rms_norm = cpu::rms_norm,
+      .add_rms_norm = cpu::add_rms_norm,
       .matmul = cpu::matmul,
+      .matmul_relu2 = cpu::matmul_relu2,
       .matvec = cpu::matvec,
+      .norm_matvec = cpu::norm_matvec,
+      .norm_matvec_relu2 = cpu::norm_matvec_relu2,
+      .matvec_add = cpu::matvec_add,
       .add_rows = cpu::add_rows,
       .add_bias = cpu::add_bias,
       .relu2 = cpu::relu2,
@@ -25,8 +45,11 @@ const Backend& cpu_backend() {
       .conv_silu = cpu::conv_silu,
       .kda_prep = cpu::kda_prep,
       .kda_forward = cpu::kda_forward,
+      .kda_prefill = cpu::kda_prefill,
       .kda_output = cpu::kda_output,
       .kda_decode = cpu::kda_decode,
+      .sample = nullptr,         // runtime/sampler.h draws on the host
+      .quantize_rows = nullptr,  // quantize_rows_i8 works in host memory
       .matmul_dx = cpu::matmul_dx,
       .matmul_dw = cpu::matmul_dw,
       .rms_norm_backward = cpu::rms_norm_backward,

@@ -82,6 +82,9 @@ void conv_silu(Context& ctx, const Conv& a) {
     const int64_t from = task * kBlock, to = std::min(T, from + kBlock);
     tokens(a, x, before, a.y.as<float>() + start * C, from, to);
     if (task == 0 && out >= 0) keep_window(x, before, window + out * 3 * channels, T, C, channels);
+    if (task == 0)
+      for (const StateMark& m : a.marks.host)
+        if (m.sequence == n) keep_window(x, before, window + m.slot * 3 * channels, m.tokens, C, channels);
   });
 }
 

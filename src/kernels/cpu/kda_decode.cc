@@ -154,7 +154,7 @@ void kda_decode(Context& ctx, const KdaDecode& a) {
 
 namespace kda {
 
-size_t kda_decode_workspace_bytes(const Context& ctx, int64_t, int64_t, int64_t K, int64_t V) {
+size_t cpu::kda_decode_workspace(const Context& ctx, int64_t, int64_t, int64_t K, int64_t V) {
   return size_t(ctx.pool->threads()) * size_t(cpu::kda_decode_scratch(K, V)) * sizeof(float);
 }
 

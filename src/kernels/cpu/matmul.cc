@@ -230,7 +230,7 @@ void matmul(Context& ctx, const Matmul& a) {
 }  // namespace kda::cpu
 
 namespace kda {
-size_t matmul_workspace_bytes(const Context& ctx, int64_t R, int64_t K, int64_t) {
+size_t cpu::matmul_workspace(const Context& ctx, int64_t R, int64_t K, int64_t) {
   const size_t f32 = cpu::Plan(ctx, cpu::f32_kind(), R, K).total_bytes;
   return ctx.precision == Precision::fast && cpu::cpu_has_bf16()
              ? std::max(f32, cpu::Plan(ctx, cpu::Kind::bf16, R, K).total_bytes)

@@ -117,13 +117,13 @@ void matvec(Context& ctx, const Matmul& a) {
     const MatmulSegment* segment;
     int64_t n0, n;
   };
-  const int64_t K = a.x.dim(1);
+  const auto input = [&](const MatmulSegment& s) { return s.x.data ? s.x : a.x; };
   if (!a.x.dim(0)) return;
   int64_t left = 0;
   for (const auto& s : a.segments) left += int64_t(s.w.w.bytes());
   std::vector<Task> tasks;
   for (const auto& s : a.segments) {
-    const int64_t N = s.w.w.dim(0), row_bytes = K * int64_t(size_of(s.w.w.dtype));
+    const int64_t N = s.w.w.dim(0), row_bytes = input(s).dim(1) * int64_t(size_of(s.w.w.dtype));
     for (int64_t n0 = 0; n0 < N;) {
       const int64_t want = left > kLastBytes ? kTaskBytes : kLastTaskBytes;
       const int64_t n = std::min(std::max<int64_t>(1, want / (kStep * row_bytes)) * kStep, N - n0);
@@ -135,13 +135,13 @@ void matvec(Context& ctx, const Matmul& a) {
   const auto kernel = HWY_DYNAMIC_DISPATCH(Matvec);
   ctx.pool->run(int64_t(tasks.size()), [&](int64_t t, int) {
     const Task& task = tasks[size_t(t)];
-    kernel(*task.segment, a.x, task.n0, task.n);
+    kernel(*task.segment, input(*task.segment), task.n0, task.n);
   });
 }
 
 }  // namespace kda::cpu
 
 namespace kda {
-size_t matvec_workspace_bytes(const Context&, int64_t, int64_t, int64_t) { return 0; }
+size_t cpu::matvec_workspace(const Context&, int64_t, int64_t, int64_t) { return 0; }
 }  // namespace kda
 #endif

@@ -4,10 +4,20 @@
 
 namespace kda::cpu {
 
+size_t matmul_workspace(const Context&, int64_t R, int64_t K, int64_t N);
+size_t matvec_workspace(const Context&, int64_t R, int64_t K, int64_t N);
+size_t attention_workspace(const Context&, int64_t T, int64_t H, int64_t d, int64_t capacity);
+size_t kda_prefill_workspace(const Context&, int64_t T, int64_t N, int64_t H, int64_t K, int64_t V);
+size_t kda_decode_workspace(const Context&, int64_t N, int64_t H, int64_t K, int64_t V);
 void embedding(Context&, const Embedding&);
 void rms_norm(Context&, const RmsNorm&);
+void add_rms_norm(Context&, const AddRmsNorm&);
 void matmul(Context&, const Matmul&);
+void matmul_relu2(Context&, const Matmul&);
 void matvec(Context&, const Matmul&);
+void norm_matvec(Context&, const NormMatvec&);
+void norm_matvec_relu2(Context&, const NormMatvec&);
+void matvec_add(Context&, const MatvecAdd&);
 void add_rows(Context&, const AddRows&);
 void add_bias(Context&, const AddBias&);
 void relu2(Context&, const Relu2&);
@@ -17,6 +27,7 @@ void attention(Context&, const Attention&);
 void conv_silu(Context&, const Conv&);
 void kda_prep(Context&, const KdaPrep&);
 void kda_forward(Context&, const KdaForward&);
+void kda_prefill(Context&, const KdaPrefill&);
 void kda_output(Context&, const KdaOutput&);
 void kda_decode(Context&, const KdaDecode&);
 void logits_loss(Context&, const LogitsLoss&);

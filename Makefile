@@ -2,7 +2,7 @@
 #   make            build the release program (build/release/kda)
 #   make demo       build, then turn the bundled model into a KDA model, train it and compare: some five minutes
 #   make test       build, then every test;    make asan, make tsan: the same under sanitizers
-#   make cuda       build with the CUDA backend (needs nvcc; build/cuda/kda)
+#   make cuda       build with the CUDA backend (needs nvcc; build/cuda/kda); TARGETS=".." builds only those
 #   make bench      build, then every benchmark
 #   make fuzz       run each fuzz target for SECONDS (60)
 #   make install    install under PREFIX (/usr/local)
@@ -34,7 +34,7 @@ release debug: setup
 cuda:
 	@$(SETUP) cuda
 	cmake --preset cuda
-	cmake --build --preset cuda -j $(JOBS)
+	cmake --build --preset cuda -j $(JOBS) $(if $(TARGETS),--target $(TARGETS))
 
 demo: release
 	tools/demo.sh build/release/kda

@@ -14,8 +14,8 @@ inline void check(const char* op, const char* name, const ConstView& v, const Sh
 // The same for an activation: of the backend's dtype.
 inline void check_act(const Context& ctx, const char* op, const char* name, const ConstView& v, const Shape& want) {
   const Dtype act = ctx.backend->activation;
-  KDA_CHECK(v.shape == want && v.dtype == act, op, ": ", name, " must be ", name_of(act), " ", want, ", got ",
-            name_of(v.dtype), " ", v.shape);
+  KDA_CHECK(v.shape == want, op, ": ", name, " must be ", want, ", got ", v.shape);
+  KDA_CHECK(v.dtype == act, op, ": ", name, " must be ", name_of(act), ", got ", name_of(v.dtype));
   KDA_CHECK(v.data || v.size() == 0, op, ": ", name, " ", v.shape, " has no memory");
 }
 

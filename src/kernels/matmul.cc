@@ -22,8 +22,9 @@ void check(const Context& ctx, const Matmul& a, const char* op) {
               " must be ", name_of(act), " [", R, ",K] with K > 0, got ", name_of(x.dtype), " ", x.shape);
     const int64_t K = x.dim(1);
     KDA_CHECK(w.w.shape.rank == 2 && w.w.dim(1) == K, op, ": matrix ", i, " must be [N,", K, "], got ", w.w.shape);
-    KDA_CHECK(is_weight(ctx, w.w.dtype), op, ": matrix ", i, " is ", name_of(w.w.dtype), ", which backend ",
-              ctx.backend->name, " does not multiply");
+    KDA_CHECK(is_weight(ctx, w.w.dtype), op, ": matrix ", i, " must be ",
+              ctx.backend == &cpu_backend() ? "f32, bf16, f16 or i8" : "bf16, i8 or f8_e4m3", ", got ",
+              name_of(w.w.dtype));
     const int64_t N = w.w.dim(0);
     if (w.w.dtype == Dtype::i8 || w.w.dtype == Dtype::f8_e4m3) {
       KDA_CHECK(w.scale.data && w.scale.dtype == Dtype::f32 && w.scale.shape == Shape{N}, op, ": matrix ", i, " is ",

@@ -64,7 +64,6 @@ void StatePool::divide(int64_t slots, int64_t tokens) {
 }
 
 void StatePool::copy(Context& ctx, int32_t from, int32_t to, int64_t tokens) {
-  KDA_CHECK(tokens <= capacity_, "state copy of ", tokens, " tokens from a pool of ", capacity_);
   if (from == to) return;
   for (const LayerState& s : layers_) {
     for (const Tensor* pool : {&s.S, &s.window})
@@ -74,6 +73,7 @@ void StatePool::copy(Context& ctx, int32_t from, int32_t to, int64_t tokens) {
       }
     for (const Tensor* pool : {&s.k, &s.v})
       if (*pool) {
+        KDA_CHECK(tokens <= capacity_, "state copy of ", tokens, " tokens from a pool of ", capacity_);
         const View a = slot(*pool, from);
         const size_t used = size_t(tokens * a.dim(1) * a.dim(2)) * size_of(a.dtype);
         ctx.backend->copy(ctx, slot(*pool, to).data, a.data, used);

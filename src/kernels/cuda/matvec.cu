@@ -1,0 +1,166 @@
+// kernels/cuda/matvec.cu — matvec, norm_matvec, norm_matvec_relu2, matvec_add: matmul.h for generated tokens.
+#include <algorithm>
+
+#include "kernels/cuda/matvec_launch.cuh"
+#include "kernels/cuda/ops.h"
+#include "kernels/matmul.h"
+
+namespace kda::cuda {
+namespace {
+
+// Any K and any alignment: a warp finds one y after another. Not tuned.
+template <Weight kW>
+__global__ void __launch_bounds__(256) matvec_any_kernel(const __grid_constant__ MatvecArgs a) {
+  release_next();
+  wait_for_previous();
+  const int lane = threadIdx.x % 32;
+  const int64_t warps = int64_t(gridDim.x) * (blockDim.x / 32);
+  for (int64_t i = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; i < a.rows * a.R; i += warps) {
+    const int64_t row = i / a.R, r = i % a.R;
+    const MatvecRow at = matvec_row(a, row);
+    const __nv_bfloat16* x = (a.inputs > 1 ? at.segment->x : a.x) + r * a.K;
+    float sum = 0;
+    for (int k = lane; k < a.K; k += 32) {
+      float w;
+      if constexpr (kW == Weight::bf16)
+        w = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(at.segment->w)[at.n * a.K + k]);
+      else
+        w = __uint_as_float(widen<kW>(at.segment->w[at.n * a.K + k], 0) << 16);
+      sum = fmaf(__bfloat162float(x[k]), w, sum);
+    }
+    for (int m = 16; m; m >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, m);
+    if (lane == 0) finish_one(a, at, int(r), sum);
+  }
+}
+
+__global__ void __launch_bounds__(256) norm_rows_any_kernel(const float* x, const float* w, float eps, int K, __nv_bfloat16* h) {
+  release_next();
+  wait_for_previous();
+  __shared__ float sums[8];
+  const float* row = x + int64_t(blockIdx.x) * K;
+  float sum = 0;
+  for (int k = threadIdx.x; k < K; k += blockDim.x) sum = fmaf(row[k], row[k], sum);
+  for (int m = 16; m; m >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, m);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  const float factor = norm_factor(sums, K, eps);
+  for (int k = threadIdx.x; k < K; k += blockDim.x)
+    h[int64_t(blockIdx.x) * K + k] = __float2bfloat16_rn(row[k] * factor * w[k]);
+}
+
+Weight weight_of(Dtype d) {
+  return d == Dtype::bf16 ? Weight::bf16 : d == Dtype::f8_e4m3 ? Weight::f8 : Weight::i8;
+}
+int stage_k_of(Weight w) { return w == Weight::bf16 ? kStageK<Weight::bf16> : kStageK<Weight::f8>; }
+
+// What one launch takes, before it is cut into blocks of kMaxColumns rows of x.
+struct Product {
+  std::span<const MatmulSegment> segments;
+  ConstView x;                          // bf16 [R,K], the one shared; without data where each has its own
+  const NormMatvec* norm = nullptr;     // x is rms_norm(norm->x)
+  Finish finish = Finish::write;
+  const char* op;
+};
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+void launch_rows(Context& ctx, const Product& p, int64_t K, int64_t from, int R) {
+  const Device& device = device_of(ctx);
+  const bool early = device.arch >= 90;
+  const cudaStream_t stream = stream_of(ctx);
+  const Dtype type = p.segments[0].w.w.dtype;
+  const bool own = p.segments[0].x.data;
+  MatvecArgs a{};
+  a.segments = int(p.segments.size()), a.R = R, a.K = int(K), a.finish = p.finish;
+  a.inputs = own ? a.segments : 1;
+  bool fast = K % (type == Dtype::bf16 ? 8 : 16) == 0;
+  for (int i = 0; i < a.segments; ++i) {
+    const MatmulSegment& s = p.segments[size_t(i)];
+    const int64_t N = s.w.w.dim(0);
+    const bool f32 = s.y.dtype == Dtype::f32;
+    a.segment[i] = {.w = static_cast<const uint8_t*>(s.w.w.data),
+                    .scale = s.w.scale.data ? s.w.scale.as<float>() : nullptr,
+                    .y = static_cast<char*>(s.y.data) + size_t(from * N) * (f32 ? 4 : 2),
+                    .x = own ? bf16_of(s.x) + from * K : nullptr,
+                    .first = a.rows,
+                    .rows = N,
+                    .f32 = f32};
+    a.rows += N;
+    fast = fast && aligned(s.w.w.data) && aligned(s.x.data);
+  }
+  if (a.rows == 0) return;
+  if (p.norm) {
+    const float* x = p.norm->x.as<float>() + from * K;
+    fast = fast && aligned(x) && aligned(p.norm->norm.data) && aligned(p.norm->h.data);
+    a.residual = x, a.norm = p.norm->norm.as<float>(), a.eps = p.norm->eps;
+    a.x = bf16_of(p.norm->h) + from * K;
+  } else if (!own) {
+    a.x = bf16_of(p.x) + from * K;
+    fast = fast && aligned(a.x);
+  }
+  if (fast)
+    a.plan = plan_matvec(a.rows, K, R, stage_k_of(weight_of(type)), a.inputs, device.sms, int(device.shared_bytes));
+  if (p.norm && (!fast || a.plan.chunk)) {
+    const auto kernel = fast ? norm_rows_kernel : norm_rows_any_kernel;
+    launch_on(stream, early, 1, dim3(unsigned(R)), dim3(256), 0, kernel, p.op, a.residual, a.norm, a.eps, int(K),
+              const_cast<__nv_bfloat16*>(a.x));
+    a.residual = nullptr;
+  }
+  if (fast) {
+    if (a.plan.parts > 1) {
+      a.partial = static_cast<float*>(workspace(ctx, size_t(a.plan.parts) * size_t(R) * size_t(a.rows) * 4, p.op));
+      a.arrived = device.tickets;
+    }
+    return launch_matvec(stream, early, weight_of(type), a, p.op);
+  }
+  const dim3 grid(unsigned(std::min<int64_t>(ceil_div(a.rows * R, 8), int64_t(device.sms) * 8)));
+  const auto kernel = type == Dtype::bf16      ? matvec_any_kernel<Weight::bf16>
+                      : type == Dtype::f8_e4m3 ? matvec_any_kernel<Weight::f8>
+                                               : matvec_any_kernel<Weight::i8>;
+  launch_on(stream, early, 1, grid, dim3(256), 0, kernel, p.op, a);
+}
+
+// Segments go together where one launch can take them: of one type, and with own inputs only where all are of one shape.
+void launch_product(Context& ctx, const Product& p) {
+  const auto segments = p.segments;
+  const auto together = [&](const MatmulSegment& a, const MatmulSegment& b) {
+    if (a.w.w.dtype != b.w.w.dtype || !a.x.data != !b.x.data) return false;
+    return !a.x.data || a.w.w.shape == b.w.w.shape;
+  };
+  for (size_t first = 0, end; first < segments.size(); first = end) {
+    for (end = first + 1; end < segments.size() && together(segments[first], segments[end]);) ++end;
+    Product part = p;
+    part.segments = segments.subspan(first, end - first);
+    const MatmulSegment& s = part.segments[0];
+    const int64_t R = s.y.dim(0), K = s.w.w.dim(1);
+    for (int64_t r = 0; r < R; r += kMaxColumns)
+      launch_rows(ctx, part, K, r, int(std::min<int64_t>(kMaxColumns, R - r)));
+  }
+}
+
+}  // namespace
+
+void matvec(Context& ctx, const Matmul& a) {
+  launch_product(ctx, {.segments = a.segments, .x = a.x, .op = "matvec"});
+}
+
+void norm_matvec(Context& ctx, const NormMatvec& a) {
+  launch_product(ctx, {.segments = a.segments, .x = {}, .norm = &a, .op = "norm_matvec"});
+}
+
+void norm_matvec_relu2(Context& ctx, const NormMatvec& a) {
+  launch_product(ctx, {.segments = a.segments, .x = {}, .norm = &a, .finish = Finish::relu2, .op = "norm_matvec_relu2"});
+}
+
+void matvec_add(Context& ctx, const MatvecAdd& a) {
+  const MatmulSegment segment{a.w, a.y};
+  launch_product(ctx, {.segments = {&segment, 1}, .x = a.x, .finish = Finish::add, .op = "matvec_add"});
+}
+
+// Partial sums of one launch; see plan_matvec for the bounds on parts.
+size_t matvec_workspace(const Context& ctx, int64_t R, int64_t K, int64_t N) {
+  const int64_t columns = std::min<int64_t>(R, kMaxColumns);
+  return size_t(columns) * size_t(matvec_partial_rows(8 * N, K, device_of(ctx).sms)) * sizeof(float);
+}
+
+}  // namespace kda::cuda

@@ -1,4 +1,5 @@
 // kernels/cuda/backend.cu — the CUDA row of the table; opening a device, or saying why there is none.
+#include <algorithm>
 #include <string>
 
 #include "kernels/cuda/device.h"
@@ -90,11 +91,16 @@ void open(Context& ctx) {
   d->sms = d->properties.multiProcessorCount;
   d->l2_bytes = d->properties.l2CacheSize;
   d->shared_bytes = int64_t(d->properties.sharedMemPerBlockOptin);
-  d->arch = d->properties.major * 10 + d->properties.minor;
+  cudaFuncAttributes code{};
+  KDA_CUDA(cudaFuncGetAttributes(&code, probe_kernel));
+  d->arch = std::min(d->properties.major * 10 + d->properties.minor, code.ptxVersion);
   KDA_CUDA(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
   KDA_CUDA(cudaStreamCreateWithFlags(&d->copy_stream, cudaStreamNonBlocking));
   KDA_CUDA(cudaEventCreateWithFlags(&d->copied, cudaEventDisableTiming));
   KDA_CUDA(cudaEventCreateWithFlags(&d->computed, cudaEventDisableTiming));
+  KDA_CUDA(cudaMalloc(reinterpret_cast<void**>(&d->tickets), kTickets * sizeof(unsigned)));
+  KDA_CUDA(cudaMemset(d->tickets, 0, kTickets * sizeof(unsigned)));
+  KDA_CUDA(cudaStreamSynchronize(nullptr));
   KDA_CUDA(cudaHostAlloc(&d->bounce, kBounceBytes, cudaHostAllocDefault));
   ctx.stream = d->stream;
   ctx.copy_stream = d->copy_stream;
@@ -143,6 +149,7 @@ Device::~Device() {
   gemm.reset();
   attention.reset();
   upload.reset();
+  if (tickets) cudaFree(tickets);
   if (bounce) cudaFreeHost(bounce);
   if (copied) cudaEventDestroy(copied);
   if (computed) cudaEventDestroy(computed);
@@ -163,11 +170,17 @@ const Backend* cuda_backend() {
       .upload = cuda::upload,
       .record = cuda::record,
       .matmul_workspace = cuda::matmul_workspace,
+      .matvec_workspace = cuda::matvec_workspace,
+      .kda_decode_workspace = cuda::kda_decode_workspace,
       .embedding = cuda::embedding,
       .rms_norm = cuda::rms_norm,
       .add_rms_norm = cuda::add_rms_norm,
       .matmul = cuda::matmul,
       .matmul_relu2 = cuda::matmul_relu2,
+      .matvec = cuda::matvec,
+      .norm_matvec = cuda::norm_matvec,
+      .norm_matvec_relu2 = cuda::norm_matvec_relu2,
+      .matvec_add = cuda::matvec_add,
       .add_rows = cuda::add_rows,
       .add_bias = cuda::add_bias,
       .relu2 = cuda::relu2,
@@ -175,6 +188,8 @@ const Backend* cuda_backend() {
       .rope = cuda::rope,
       .conv_silu = cuda::conv_silu,
       .kda_output = cuda::kda_output,
+      .kda_decode = cuda::kda_decode,
+      .quantize_rows = cuda::quantize_rows,
   };
   return &table;
 }

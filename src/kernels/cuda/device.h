@@ -16,9 +16,10 @@ struct Device {
   int sms = 0;
   int64_t l2_bytes = 0;
   int64_t shared_bytes = 0;  // that a block may ask for
-  int arch = 0;              // 90 for sm_90
+  int arch = 0;              // 90 for sm_90; less where this binary brings only PTX of an older one
   cudaStream_t stream = nullptr, copy_stream = nullptr;
   cudaEvent_t copied = nullptr, computed = nullptr;  // where either stream waits for the other
+  unsigned* tickets = nullptr;  // zeros, kTickets of them: where the blocks of a launch count who comes last
   void* bounce = nullptr;                            // pinned: small copies to the host go through it
   // Handles and plans of the libraries, made by the files that use them, at first use.
   std::shared_ptr<void> gemm, attention, upload;
@@ -30,6 +31,7 @@ struct Device {
 };
 
 inline constexpr size_t kBounceBytes = 64 << 10;
+inline constexpr size_t kTickets = 1024;
 
 inline Device& device_of(const Context& ctx) { return *static_cast<Device*>(ctx.device.get()); }
 inline cudaStream_t stream_of(const Context& ctx) { return static_cast<cudaStream_t>(ctx.stream); }

@@ -15,6 +15,11 @@ void add_rms_norm(Context&, const AddRmsNorm&);
 void matmul(Context&, const Matmul&);
 void matmul_relu2(Context&, const Matmul&);
 size_t matmul_workspace(const Context&, int64_t R, int64_t K, int64_t N);
+void matvec(Context&, const Matmul&);
+void norm_matvec(Context&, const NormMatvec&);
+void norm_matvec_relu2(Context&, const NormMatvec&);
+void matvec_add(Context&, const MatvecAdd&);
+size_t matvec_workspace(const Context&, int64_t R, int64_t K, int64_t N);
 void add_rows(Context&, const AddRows&);
 void add_bias(Context&, const AddBias&);
 void relu2(Context&, const Relu2&);
@@ -22,5 +27,8 @@ void swiglu(Context&, const SwiGlu&);
 void rope(Context&, const Rope&);
 void conv_silu(Context&, const Conv&);
 void kda_output(Context&, const KdaOutput&);
+void kda_decode(Context&, const KdaDecode&);
+size_t kda_decode_workspace(const Context&, int64_t N, int64_t H, int64_t K, int64_t V);
+void quantize_rows(Context&, const QuantizeRows&);
 
 }  // namespace kda::cuda

@@ -39,8 +39,8 @@ struct State {
 };
 
 // Row t of the layer's tokens for each t of `tokens`, as one decode step.
-std::vector<float> step(Context& ctx, const Layer& l, const std::vector<int64_t>& tokens, const std::vector<int32_t>& in,
-                        const std::vector<int32_t>& out, State& s) {
+std::vector<float> step(Context& ctx, const Layer& l, const std::vector<int64_t>& tokens,
+                        const std::vector<int32_t>& in, const std::vector<int32_t>& out, State& s) {
   const int64_t N = int64_t(tokens.size()), HK = l.H * l.K, HV = l.H * l.V;
   const auto rows = [&](const std::vector<float>& x, int64_t D) {
     std::vector<float> y;
@@ -111,7 +111,8 @@ constexpr double kOutput = 2e-3, kState = 5e-7;
 TEST(CudaKdaDecode, TokenByTokenFollowsTheReference) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
-  const std::pair<int64_t, int64_t> sizes[] = {{128, 128}, {64, 64}, {64, 128}, {128, 64}, {32, 64}, {20, 12}, {1, 1}, {192, 33}};
+  const std::pair<int64_t, int64_t> sizes[] = {{128, 128}, {64, 64}, {64, 128}, {128, 64},
+                                               {32, 64},   {20, 12}, {1, 1},    {192, 33}};
   for (const auto& [K, V] : sizes)
     for (const KdaGateParams gate : {KdaGateParams{}, {.kind = KdaGate::bounded, .beta_scale = 2}}) {
       const std::string what = cat("decode/K", K, "_V", V, "_gate", int(gate.kind));

@@ -78,8 +78,9 @@ struct Size {
   int64_t K;
 };
 // Stacked segments; parts of K (the last two); sizes one off each border; those of the path for any K.
-const Size kSizes[] = {{{1}, 16},         {{15, 17, 1}, 32}, {{16}, 256},    {{40, 3}, 272}, {{300}, 528},
-                       {{33, 128, 20}, 1040}, {{7, 9}, 13},  {{21}, 8 * 31}, {{2048}, 2560}, {{700}, 6400}};
+const Size kSizes[] = {{{1}, 16},      {{15, 17, 1}, 32},     {{16}, 256},  {{40, 3}, 272},
+                       {{300}, 528},   {{33, 128, 20}, 1040}, {{7, 9}, 13}, {{21}, 8 * 31},
+                       {{2048}, 2560}, {{700}, 6400}};
 
 TEST(CudaMatvec, FollowsTheReference) {
   KDA_NEEDS_CUDA();
@@ -130,14 +131,16 @@ TEST(CudaMatvec, EachMatrixMayHaveItsOwnInput) {
         segments.push_back({w[i].view(), y[i].view({R, w[i].N}), x[i].view({R, w[i].K})});
       matvec(ctx, {.x = x[0].view({R, 128}), .segments = segments});
       for (size_t i = 0; i < w.size(); ++i)
-        EXPECT_TRUE(follows(y[i].fetch(), ref::matmul(wide(x[i].fetch()), w[i].values, R, w[i].N, w[i].K), w[i].K, false))
+        EXPECT_TRUE(
+            follows(y[i].fetch(), ref::matmul(wide(x[i].fetch()), w[i].values, R, w[i].N, w[i].K), w[i].K, false))
             << what << " matrix " << i;
     }
 }
 
 // y_i for each matrix and R rows of a residual stream from row `from` on.
 std::vector<std::vector<float>> normed(Context& ctx, const std::vector<Matrix>& w, const std::vector<float>& x,
-                                       const std::vector<float>& norm, int64_t from, int64_t R, bool relu2, Dtype type) {
+                                       const std::vector<float>& norm, int64_t from, int64_t R, bool relu2,
+                                       Dtype type) {
   const int64_t K = w[0].K;
   Buffer xb(ctx, rows_of(x, from, R, K)), nb(ctx, norm);
   TypedBuffer h(ctx, Dtype::bf16, R * K);
@@ -197,7 +200,8 @@ TEST(CudaMatvec, AddsToTheResidualStream) {
           matvec_add(ctx, {xb.view({R, K}), w.view(), y.view({R, N}), h.view({R, N})});
         auto want = ref::matmul(wide(x), w.values, R, N, K);
         for (size_t i = 0; i < want.y.size(); ++i)
-          want.y[i] = double(before[i]) + 2 * want.y[i], want.terms[i] = 2 * want.terms[i] + std::abs(double(before[i]));
+          want.y[i] = double(before[i]) + 2 * want.y[i],
+          want.terms[i] = 2 * want.terms[i] + std::abs(double(before[i]));
         EXPECT_TRUE(follows(y.fetch(), want, K, false)) << what;
         EXPECT_TRUE(y.guards_intact()) << what;
       }
@@ -221,7 +225,8 @@ TEST(CudaMatvec, ARowIsTheSameInAnyBatch) {
     const auto all = normed(ctx, w, x, norm, 0, R, false, Dtype::f32)[0], sums = add(0, R);
     for (int64_t n : {1, 2, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65})
       for (int64_t from : {int64_t(0), (R - n) / 2, R - n}) {
-        EXPECT_EQ(normed(ctx, w, x, norm, from, n, false, Dtype::f32)[0], rows_of(all, from, n, w[0].N)) << n << " rows";
+        EXPECT_EQ(normed(ctx, w, x, norm, from, n, false, Dtype::f32)[0], rows_of(all, from, n, w[0].N))
+            << n << " rows";
         EXPECT_EQ(add(from, n), rows_of(sums, from, n, w[0].N)) << n << " rows";
       }
   }

@@ -31,10 +31,12 @@ Rows quantize(Context& ctx, Dtype d, const std::vector<float>& w, int64_t N, int
 }
 
 // Every value lies within half a step of its own, the step that its neighbours among the codes leave.
-void expect_nearest(const Rows& got, Dtype d, const std::vector<float>& w, int64_t N, int64_t K, const std::string& what) {
+void expect_nearest(const Rows& got, Dtype d, const std::vector<float>& w, int64_t N, int64_t K,
+                    const std::string& what) {
   std::set<double> codes;
   for (int b = 0; b < 256; ++b)
-    if (d == Dtype::i8 ? b != 128 : (b & 0x7f) != 0x7f) codes.insert(d == Dtype::i8 ? double(int8_t(b)) : e4m3(uint8_t(b)));
+    if (d == Dtype::i8 ? b != 128 : (b & 0x7f) != 0x7f)
+      codes.insert(d == Dtype::i8 ? double(int8_t(b)) : e4m3(uint8_t(b)));
   for (int64_t n = 0; n < N; ++n) {
     double most = 0;
     for (int64_t k = 0; k < K; ++k) most = std::max(most, std::abs(double(w[size_t(n * K + k)])));

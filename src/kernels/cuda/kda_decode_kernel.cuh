@@ -1,9 +1,9 @@
 // kernels/cuda/kda_decode_kernel.cuh — one token of a KDA layer: each state is read once and written once.
 //
 // A block holds `kRows` rows of one head's state in registers. The state's loads are issued first; convolutions, gates
-// and lengths are found while they are under way. Where sequences are few, the four blocks of a cluster share a head, so
-// that more multiprocessors take part; what they exchange is the sum of squares of the gated norm. Sums have one order
-// whether a head is shared or not.
+// and lengths are found while they are under way. Where sequences are few, the four blocks of a cluster share a head,
+// so that more multiprocessors take part; what they exchange is the sum of squares of the gated norm. Sums have one
+// order whether a head is shared or not.
 #pragma once
 #include <cooperative_groups.h>
 
@@ -39,7 +39,8 @@ __device__ inline float decay_of(const KdaGateParams& gate, float A, float z) {
 // One channel's convolution; keeps what the window becomes.
 struct ConvChannel {
   __nv_bfloat16 past[4];
-  __device__ void load(const KdaDecodeArgs& a, int64_t slot, int64_t channels, int64_t channel, const __nv_bfloat16* x) {
+  __device__ void load(const KdaDecodeArgs& a, int64_t slot, int64_t channels, int64_t channel,
+                       const __nv_bfloat16* x) {
     const __nv_bfloat16* w = a.window + slot * 3 * channels + channel;
     for (int i = 0; i < 3; ++i) past[i] = slot < 0 ? __float2bfloat16(0.0f) : w[i * channels];
     past[3] = *x;
@@ -175,7 +176,8 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads) kda_decode_kernel(co
 #pragma unroll
     for (int d = 0; d < kDepth; ++d) {
       float4& s = S[d][p];
-      s.x = fmaf(u[d], k4.x, s.x), s.y = fmaf(u[d], k4.y, s.y), s.z = fmaf(u[d], k4.z, s.z), s.w = fmaf(u[d], k4.w, s.w);
+      s.x = fmaf(u[d], k4.x, s.x), s.y = fmaf(u[d], k4.y, s.y), s.z = fmaf(u[d], k4.z, s.z),
+      s.w = fmaf(u[d], k4.w, s.w);
       read[d] = fmaf(s.x, q4.x, read[d]), read[d] = fmaf(s.y, q4.y, read[d]);
       read[d] = fmaf(s.z, q4.z, read[d]), read[d] = fmaf(s.w, q4.w, read[d]);
       if (out >= 0) __stcs(reinterpret_cast<float4*>(to + d * kPass * K + p * 32), s);

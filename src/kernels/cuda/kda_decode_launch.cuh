@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(256) kda_decode_any_kernel(const __grid_consta
   const float factor = 1.0f / sqrtf(warp_total(sum) / float(V) + a.eps);
   for (int i = tid; i < V; i += blockDim.x) {
     const int64_t at = (n * H + h) * V + i;
-    a.y[at] = __float2bfloat16_rn(o[i] * factor * a.o_norm[i] *
-                                  sigmoid(__bfloat162float(a.g[at]) + a.g_bias[h * V + i]));
+    a.y[at] =
+        __float2bfloat16_rn(o[i] * factor * a.o_norm[i] * sigmoid(__bfloat162float(a.g[at]) + a.g_bias[h * V + i]));
   }
 }
 
@@ -72,7 +72,8 @@ void launch_kda_decode_as(cudaStream_t stream, bool early, int share, const KdaD
   const unsigned blocks = unsigned(a.N * a.H);
   if constexpr (K == 128 && V == 128)
     if (share == 4)
-      return launch_on(stream, early, 4, dim3(4 * blocks), dim3(256), 0, kda_decode_kernel<K, V, 4, 256>, "kda_decode", a);
+      return launch_on(stream, early, 4, dim3(4 * blocks), dim3(256), 0, kda_decode_kernel<K, V, 4, 256>, "kda_decode",
+                       a);
   launch_on(stream, early, 1, dim3(blocks), dim3(256), 0, kda_decode_kernel<K, V, 1, 256>, "kda_decode", a);
 }
 

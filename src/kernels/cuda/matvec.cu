@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(256) matvec_any_kernel(const __grid_constant__
   }
 }
 
-__global__ void __launch_bounds__(256) norm_rows_any_kernel(const float* x, const float* w, float eps, int K, __nv_bfloat16* h) {
+__global__ void __launch_bounds__(256)
+    norm_rows_any_kernel(const float* x, const float* w, float eps, int K, __nv_bfloat16* h) {
   release_next();
   wait_for_previous();
   __shared__ float sums[8];
@@ -48,16 +49,14 @@ __global__ void __launch_bounds__(256) norm_rows_any_kernel(const float* x, cons
     h[int64_t(blockIdx.x) * K + k] = __float2bfloat16_rn(row[k] * factor * w[k]);
 }
 
-Weight weight_of(Dtype d) {
-  return d == Dtype::bf16 ? Weight::bf16 : d == Dtype::f8_e4m3 ? Weight::f8 : Weight::i8;
-}
+Weight weight_of(Dtype d) { return d == Dtype::bf16 ? Weight::bf16 : d == Dtype::f8_e4m3 ? Weight::f8 : Weight::i8; }
 int stage_k_of(Weight w) { return w == Weight::bf16 ? kStageK<Weight::bf16> : kStageK<Weight::f8>; }
 
 // What one launch takes, before it is cut into blocks of kMaxColumns rows of x.
 struct Product {
   std::span<const MatmulSegment> segments;
-  ConstView x;                          // bf16 [R,K], the one shared; without data where each has its own
-  const NormMatvec* norm = nullptr;     // x is rms_norm(norm->x)
+  ConstView x;                       // bf16 [R,K], the one shared; without data where each has its own
+  const NormMatvec* norm = nullptr;  // x is rms_norm(norm->x)
   Finish finish = Finish::write;
   const char* op;
 };
@@ -120,7 +119,8 @@ void launch_rows(Context& ctx, const Product& p, int64_t K, int64_t from, int R)
   launch_on(stream, early, 1, grid, dim3(256), 0, kernel, p.op, a);
 }
 
-// Segments go together where one launch can take them: of one type, and with own inputs only where all are of one shape.
+// Segments go together where one launch can take them: of one type, and with own inputs only where all are of one
+// shape.
 void launch_product(Context& ctx, const Product& p) {
   const auto segments = p.segments;
   const auto together = [&](const MatmulSegment& a, const MatmulSegment& b) {
@@ -140,16 +140,15 @@ void launch_product(Context& ctx, const Product& p) {
 
 }  // namespace
 
-void matvec(Context& ctx, const Matmul& a) {
-  launch_product(ctx, {.segments = a.segments, .x = a.x, .op = "matvec"});
-}
+void matvec(Context& ctx, const Matmul& a) { launch_product(ctx, {.segments = a.segments, .x = a.x, .op = "matvec"}); }
 
 void norm_matvec(Context& ctx, const NormMatvec& a) {
   launch_product(ctx, {.segments = a.segments, .x = {}, .norm = &a, .op = "norm_matvec"});
 }
 
 void norm_matvec_relu2(Context& ctx, const NormMatvec& a) {
-  launch_product(ctx, {.segments = a.segments, .x = {}, .norm = &a, .finish = Finish::relu2, .op = "norm_matvec_relu2"});
+  launch_product(ctx,
+                 {.segments = a.segments, .x = {}, .norm = &a, .finish = Finish::relu2, .op = "norm_matvec_relu2"});
 }
 
 void matvec_add(Context& ctx, const MatvecAdd& a) {

@@ -2,10 +2,10 @@
 //
 // A task is up to 16 rows of the stacked segments over one part of K; a warp takes its tasks one after another. Weights
 // come through a ring of stages in shared memory that belongs to the warp alone: a stage is 16 rows x 256 bytes, filled
-// by asynchronous copies, so that no barrier stands in the way of the stream. They are the matrix unit's 16-row operand, x its
-// 8-column one; both hold k in the same permuted order, so that every operand is a 16-byte read.
-// A result is one chain of matrix-unit sums per part, in the order of k, and then the sum over parts in their order:
-// the same bits for any number of rows.
+// by asynchronous copies, so that no barrier stands in the way of the stream. They are the matrix unit's 16-row
+// operand, x its 8-column one; both hold k in the same permuted order, so that every operand is a 16-byte read. A
+// result is one chain of matrix-unit sums per part, in the order of k, and then the sum over parts in their order: the
+// same bits for any number of rows.
 #pragma once
 #include "kernels/cuda/async.cuh"
 #include "kernels/cuda/device.h"
@@ -17,11 +17,11 @@ enum class Weight { bf16, f8, i8 };
 enum class Finish { write, relu2, add };
 
 inline constexpr int kTaskRows = 16;
-inline constexpr int kPieceRow = 256;                        // bytes of a row in a stage
-inline constexpr int kStageBytes = kTaskRows * kPieceRow;    // per warp
+inline constexpr int kPieceRow = 256;                      // bytes of a row in a stage
+inline constexpr int kStageBytes = kTaskRows * kPieceRow;  // per warp
 inline constexpr int kMaxRing = 8;
 inline constexpr int kMaxSegments = 8;
-inline constexpr int kMaxColumns = 64;                       // rows of x a launch takes
+inline constexpr int kMaxColumns = 64;  // rows of x a launch takes
 inline constexpr int kNormSlices = 8;
 
 template <Weight kW>
@@ -42,14 +42,14 @@ struct MatvecArgs {
   int R, K;
   int64_t rows;
   MatvecPlan plan;
-  int inputs;                // 1, or `segments` where each has its own x
-  const __nv_bfloat16* x;    // [R,K]
-  const float* residual;     // [R,K] with norm: x is rms_norm(residual)
+  int inputs;              // 1, or `segments` where each has its own x
+  const __nv_bfloat16* x;  // [R,K]
+  const float* residual;   // [R,K] with norm: x is rms_norm(residual)
   const float* norm;
   float eps;
   Finish finish;
-  float* partial;            // [parts,R,rows] where parts > 1
-  unsigned* arrived;         // [row_blocks] zeros
+  float* partial;     // [parts,R,rows] where parts > 1
+  unsigned* arrived;  // [row_blocks] zeros
 };
 
 // Two e4m3 (in the high bytes of both halves) as two bf16: bits moved give the value times 2^-120.
@@ -102,7 +102,8 @@ __device__ inline uint2 norm_apply(float4 x, float4 w, float factor) {
 }
 
 // The same normed rows, to global memory: for more rows than every block would want to norm again.
-__global__ void __launch_bounds__(256) norm_rows_kernel(const float* x, const float* w, float eps, int K, __nv_bfloat16* h) {
+__global__ void __launch_bounds__(256)
+    norm_rows_kernel(const float* x, const float* w, float eps, int K, __nv_bfloat16* h) {
   __shared__ float sums[kNormSlices];
   release_next();
   wait_for_previous();
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(256) norm_rows_kernel(const float* x, const fl
   norm_sums(row, 1, K, sums);
   const float factor = norm_factor(sums, K, eps);
   for (int i = threadIdx.x; i < K / 4; i += blockDim.x)
-    reinterpret_cast<uint2*>(h + int64_t(blockIdx.x) * K)[i] = norm_apply(
-        reinterpret_cast<const float4*>(row)[i], reinterpret_cast<const float4*>(w)[i], factor);
+    reinterpret_cast<uint2*>(h + int64_t(blockIdx.x) * K)[i] =
+        norm_apply(reinterpret_cast<const float4*>(row)[i], reinterpret_cast<const float4*>(w)[i], factor);
 }
 
 struct MatvecRow {
@@ -159,7 +160,8 @@ __global__ void __launch_bounds__(512) matvec_kernel(const __grid_constant__ Mat
 
   const int x_buffers = plan.chunk ? 2 : 1;
   const uint32_t x_shared = shared_address(shared);
-  const uint32_t ring = x_shared + uint32_t(x_buffers * a.inputs * a.R * a.plan.x_stride) + uint32_t(warp * plan.ring) * kStageBytes;
+  const uint32_t ring =
+      x_shared + uint32_t(x_buffers * a.inputs * a.R * a.plan.x_stride) + uint32_t(warp * plan.ring) * kStageBytes;
 
   // ---- the stream of weights: lane l knows where row l % 16 of the task being fetched lies
   const uint8_t* row_at = nullptr;
@@ -188,7 +190,8 @@ __global__ void __launch_bounds__(512) matvec_kernel(const __grid_constant__ Mat
         const uint8_t* from = reinterpret_cast<const uint8_t*>(
             __shfl_sync(0xffffffffu, reinterpret_cast<unsigned long long>(row_at), row));
         if (row < fetch_rows)
-          copy16(slot + uint32_t(row * kPieceRow + ((piece ^ ((row & 1) << 2)) << 4)), bytes ? from + byte : from, bytes);
+          copy16(slot + uint32_t(row * kPieceRow + ((piece ^ ((row & 1) << 2)) << 4)), bytes ? from + byte : from,
+                 bytes);
       }
       ++fetched;
       if (++fetch_stage == stages) {
@@ -211,15 +214,16 @@ __global__ void __launch_bounds__(512) matvec_kernel(const __grid_constant__ Mat
   wait_for_previous();
 
   // ---- x
-  const int x0 = unit0 * kK;              // first k of the part
-  const int part_k = stages * kK;         // beyond K: zeros
+  const int x0 = unit0 * kK;       // first k of the part
+  const int part_k = stages * kK;  // beyond K: zeros
   const auto stage_x = [&](uint32_t to, int from_k, int width, int thread, int threads) {
     const int pieces = width / 8;
     for (int input = 0; input < a.inputs; ++input) {
       const __nv_bfloat16* x = a.inputs > 1 ? a.segment[input].x : a.x;
       for (int i = thread; i < a.R * pieces; i += threads) {
         const int r = i / pieces, j = i % pieces, k = from_k + 8 * j;
-        copy16(to + uint32_t((input * a.R + r) * a.plan.x_stride + 16 * j), k < a.K ? x + int64_t(r) * a.K + k : x, k < a.K ? 16 : 0);
+        copy16(to + uint32_t((input * a.R + r) * a.plan.x_stride + 16 * j), k < a.K ? x + int64_t(r) * a.K + k : x,
+               k < a.K ? 16 : 0);
       }
     }
   };
@@ -271,7 +275,8 @@ __global__ void __launch_bounds__(512) matvec_kernel(const __grid_constant__ Mat
   if (streams) {
     uint32_t x_row[kTiles];
 #pragma unroll
-    for (int c = 0; c < kTiles; ++c) x_row[c] = x_shared + uint32_t(min(8 * c + g, a.R - 1) * a.plan.x_stride + t * 16 * (3 - kBytes));
+    for (int c = 0; c < kTiles; ++c)
+      x_row[c] = x_shared + uint32_t(min(8 * c + g, a.R - 1) * a.plan.x_stride + t * 16 * (3 - kBytes));
     const uint32_t w_lane = uint32_t(g * kPieceRow);
     const int per_chunk = plan.chunk ? plan.chunk / kK : stages;
     int chunk = 0;

@@ -6,8 +6,8 @@ namespace kda::cuda {
 
 // Launches on `stream`; early: as a kernel that starts while the one before it drains (see device.h).
 template <class... P>
-void launch_on(cudaStream_t stream, bool early, int cluster, dim3 grid, dim3 block, size_t shared_bytes, void (*kernel)(P...),
-               const char* op, P... arguments) {
+void launch_on(cudaStream_t stream, bool early, int cluster, dim3 grid, dim3 block, size_t shared_bytes,
+               void (*kernel)(P...), const char* op, P... arguments) {
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

@@ -17,8 +17,8 @@ struct MatvecPlan {
   int shared_bytes = 0;
 };
 
-inline constexpr int kMatvecWhole = 8;         // rows of x up to which all of a part's x lies in shared memory,
-inline constexpr int kMatvecXBytes = 80 << 10; // if it is no larger than this
+inline constexpr int kMatvecWhole = 8;          // rows of x up to which all of a part's x lies in shared memory,
+inline constexpr int kMatvecXBytes = 80 << 10;  // if it is no larger than this
 inline constexpr int kMatvecParts = 16;
 
 // Parts of K, by shape and chip alone. More until a block has 64 rows of W; none where W is too little to be worth it.
@@ -37,8 +37,10 @@ inline int matvec_parts(int64_t rows, int64_t K, int stage_k, int sms) {
 
 // A bound on parts x rows over all products of up to `rows` rows that are summed in parts.
 inline int64_t matvec_partial_rows(int64_t rows, int64_t K, int sms) {
-  const int64_t few = std::min<int64_t>(rows, 64 * sms) * std::min<int64_t>(kMatvecParts, std::max<int64_t>(1, K / 256));
-  const int64_t many = std::max(matvec_parts(int64_t(1) << 40, K, 128, sms), matvec_parts(int64_t(1) << 40, K, 256, sms));
+  const int64_t few =
+      std::min<int64_t>(rows, 64 * sms) * std::min<int64_t>(kMatvecParts, std::max<int64_t>(1, K / 256));
+  const int64_t many =
+      std::max(matvec_parts(int64_t(1) << 40, K, 128, sms), matvec_parts(int64_t(1) << 40, K, 256, sms));
   return std::max(few, many > 1 ? many * rows : 0);
 }
 
@@ -51,7 +53,7 @@ inline MatvecPlan plan_matvec(int64_t rows, int64_t K, int R, int stage_k, int i
   p.parts = matvec_parts(rows, K, stage_k, sms);
   p.row_blocks = int(std::max<int64_t>(1, std::min(sms / p.parts, int(ceil(rows, kTask)))));
   if (inputs > 1) p.row_blocks = std::max(1, p.row_blocks / inputs) * inputs;  // no task across two inputs
-  const int64_t tasks = ceil(ceil(rows, p.row_blocks), kTask);  // of a block
+  const int64_t tasks = ceil(ceil(rows, p.row_blocks), kTask);                 // of a block
 
   const int part_k = int(ceil(units, p.parts)) * stage_k, pad = stage_k == 128 ? 64 : 16;
   int width = part_k, buffers = 1;

@@ -1,4 +1,5 @@
-// kernels/cuda/quantize.cu — the body of quantize_rows: a block per row, which is read twice (the second time from cache).
+// kernels/cuda/quantize.cu — the body of quantize_rows: a block per row, which is read twice (the second time from
+// cache).
 #include "kernels/quantize.h"
 
 #include <cuda_fp8.h>
@@ -12,7 +13,8 @@ namespace {
 constexpr int kThreads = 256;
 
 template <bool kF8>
-__global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __nv_bfloat16* w, uint8_t* q, float* scale, int64_t K) {
+__global__ void __launch_bounds__(kThreads)
+    quantize_rows_kernel(const __nv_bfloat16* w, uint8_t* q, float* scale, int64_t K) {
   __shared__ uint32_t most_of[kThreads / 32];
   const int64_t n = blockIdx.x;
   const uint16_t* row = reinterpret_cast<const uint16_t*>(w) + n * K;

@@ -45,6 +45,7 @@ std::string name_of(const testing::TestParamInfo<fs::path>& info) {
 
 EngineOptions options(Precision p, int threads = 2, int64_t block = 2048) {
   EngineOptions o;
+  o.device = DeviceKind::cpu;
   o.precision = p;
   o.threads = threads;
   o.block_tokens = block;

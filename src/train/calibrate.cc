@@ -20,8 +20,10 @@ namespace {
 constexpr int64_t kLeastTokens = 64;  // a query needs something to attend to
 constexpr int64_t kStride = 8;        // every so many queries are measured
 constexpr double kSharpBeta = 0.6, kEvenBeta = 0.3;
-// Channels of a head decay at rates spread by this factor to either side of the head's: short and long memories are
-// there from the start.
+// Half-lives of a head's channels. Rotary positions: the teacher's channel compares tokens that are close beside its
+// wavelength, so the memory is as long as one radian of its turn, but no longer than this often the head's distance.
+constexpr double kShortest = 1.5, kReach = 4;
+// Without positions: spread by this factor to either side of the head's distance.
 constexpr double kSpread = 7.4;
 
 View reshape(View v, Shape s) { return {v.data, v.dtype, s}; }
@@ -43,7 +45,7 @@ double logit(double p) { return std::log(p / (1 - p)); }
 
 // Sums over the sample for one layer.
 struct Sums {
-  std::vector<double> distance, entropy;  // [H]  of ln(distance + 1), of the relative entropy
+  std::vector<double> distance, log_distance, entropy;  // [H]  the second of ln(distance + 1); relative entropy
   double queries = 0;
   std::vector<double> input;  // [D]  of mixer inputs
   double tokens = 0;
@@ -68,6 +70,7 @@ class Measurement {
       inputs_.push_back(host_tensor(Dtype::f32, {longest, D}));
       Sums& sums = sums_[int64_t(l)];
       sums.distance.resize(size_t(s.heads));
+      sums.log_distance.resize(size_t(s.heads));
       sums.entropy.resize(size_t(s.heads));
       sums.input.resize(size_t(D));
       sums.product.resize(size_t(s.heads * s.head_dim));
@@ -136,18 +139,22 @@ class Measurement {
           const float *a = q + (t * H + head) * d, *b = k + (i * G + head / (H / G)) * d;
           most = std::max(most, p[size_t(i)] = double(dot(a, b, d)) / std::sqrt(double(d)));
         }
-        double score = 0, distance = 0;  // sums of weight x score, weight x ln(distance + 1)
+        double score = 0, distance = 0, log_distance = 0;  // weighted sums: of the score, distance, ln(distance + 1)
         for (int64_t i = 0; i <= t; ++i) {
           const double e = std::exp(p[size_t(i)] - most);
           all += e;
           score += e * (p[size_t(i)] - most);
-          if (i == 0)
+          if (i == 0) {
             rest = e;  // where heads rest that have nothing to look for: no distance
-          else
-            distance += e * logs[size_t(t - i)];
+          } else {
+            distance += e * double(t - i);
+            log_distance += e * logs[size_t(t - i)];
+          }
         }
-        const double mass = all - rest;
-        sums.distance[size_t(head)] += mass > 1e-6 * all ? distance / mass : 0;
+        if (const double mass = all - rest; mass > 1e-6 * all) {
+          sums.distance[size_t(head)] += distance / mass;
+          sums.log_distance[size_t(head)] += log_distance / mass;
+        }
         sums.entropy[size_t(head)] += (std::log(all) - score / all) / std::log(double(t + 1));
       }
     });
@@ -246,20 +253,28 @@ class Measurement {
   std::map<int64_t, Sums> sums_;
 };
 
+// Tokens after which channel i of head h has forgotten half.
+double half_life(const LayerCalibration& c, size_t h, size_t i, std::span<const float> inv_freq) {
+  if (!inv_freq.empty())
+    return std::max(std::min(1 / double(inv_freq[i % inv_freq.size()]), kReach * c.distance[h]), kShortest);
+  const double turn = double(i) * std::numbers::phi, u = turn - std::floor(turn);  // even, in no order
+  return std::max(c.typical[h], 0.5) * std::pow(kSpread, 1 - 2 * u);
+}
+
 // dt_bias and b_proj.
-LayerCalibration decays(const Sums& sums, const LayerSpec& s, const CalibrateOptions& options) {
+LayerCalibration decays(const Sums& sums, const LayerSpec& s, const RopeConfig& rope, const CalibrateOptions& options) {
   const size_t H = size_t(s.heads), d = size_t(s.head_dim), D = sums.input.size();
   LayerCalibration c;
+  const std::vector<float> inv_freq = s.rope ? rope_table(rope, s.head_dim).inv_freq : std::vector<float>();
   std::vector<double> mean(D);
   double length = 0;
   for (size_t i = 0; i < D; ++i) length += (mean[i] = sums.input[i] / sums.tokens) * mean[i];
   for (size_t h = 0; h < H; ++h) {
-    c.distance.push_back(std::exp(sums.distance[h] / sums.queries));
+    c.distance.push_back(sums.distance[h] / sums.queries);
+    c.typical.push_back(std::exp(sums.log_distance[h] / sums.queries));
     c.entropy.push_back(std::clamp(sums.entropy[h] / sums.queries, 0.0, 1.0));
-    const double rate = std::log(2.0) / std::max(c.distance[h], 0.5);
     for (size_t i = 0; i < d; ++i) {
-      const double turn = double(i) * std::numbers::phi, u = turn - std::floor(turn);  // even, in no order
-      const double r = rate * std::pow(kSpread, 2 * u - 1);
+      const double r = std::log(2.0) / half_life(c, h, i, inv_freq);
       const double bias =
           options.bounded_gate ? logit(std::min(r / -options.lower_bound, 0.9)) : std::log(std::expm1(r));
       c.dt_bias.push_back(float(bias));
@@ -306,7 +321,8 @@ std::map<int64_t, LayerCalibration> calibrate(Context& ctx, const Weights& teach
   };
   std::map<int64_t, LayerCalibration> out;
   each([&](int64_t l, View x) { m.attention_shape(l, x); });
-  for (const auto& [l, sums] : m.sums()) out[l] = decays(sums, teacher.layers[size_t(l)].spec, options);
+  for (const auto& [l, sums] : m.sums())
+    out[l] = decays(sums, teacher.layers[size_t(l)].spec, teacher.config.rope, options);
   each([&](int64_t l, View x) { m.compare_heads(l, x, out.at(l), teacher.config.norm_eps); });
   for (const auto& [l, sums] : m.sums()) scales(sums, teacher.layers[size_t(l)].spec, out.at(l));
   return out;

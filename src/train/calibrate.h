@@ -18,11 +18,14 @@ inline constexpr float kIdentityTap = 0.1f;
 
 // Of one layer. H heads of the teacher, d wide; D the model's width.
 struct LayerCalibration {
-  std::vector<double> distance;  // [H]    geometric mean of how many tokens back a head attends, plus 1; the first
-                                 // token, where heads rest, left out
+  std::vector<double> distance;  // [H]    mean of how many tokens back a head attends; the first token, where heads
+                                 // rest, left out
+  std::vector<double> typical;   // [H]    the same as a geometric mean, plus 1
   std::vector<double> entropy;   // [H]    mean entropy of its attention, relative to the largest possible: 0 to 1
-  std::vector<float>
-      dt_bias;  // [H*d]  decays halve a memory over `distance` tokens, 7.4 times more or less by channel (A_log = 0)
+  // [H*d]  The memory of channel i halves over 1 / inv_freq(i mod d/2) tokens, at least 1.5 and at most 4 x distance
+  // (A_log = 0); in a layer without positions over `typical` tokens, by channel from 7.4 times sooner to 7.4 times
+  // later.
+  std::vector<float> dt_bias;
   std::vector<float> b_proj;  // [H,D]  beta is 0.6 for a sharp head, 0.3 for an even one, at the mean input
   std::vector<float> g_bias;  // [H*d]  with o_norm: the least-squares scale of each channel to the teacher's
   std::vector<float> o_norm;  // [d]

@@ -41,6 +41,20 @@ void check(const DataSizes& s) {
 }
 }  // namespace
 
+DataYield yield_of(const DataPart& part, int64_t sequence_length) {
+  DataYield y;
+  for (int64_t r = 0; r < part.rows->count(); ++r) {
+    const int64_t n = part.rows->length(r);
+    if (!part.whole || n <= sequence_length) {
+      y.tokens += n;
+    } else {
+      ++y.dropped_rows;
+      y.dropped_tokens += n;
+    }
+  }
+  return y;
+}
+
 TrainData::TrainData(std::vector<DataPart> parts, const DataSizes& sizes, uint64_t seed) : sizes_(sizes), seed_(seed) {
   check(sizes);
   KDA_CHECK(!parts.empty(), "data: no data set given");
@@ -50,28 +64,38 @@ TrainData::TrainData(std::vector<DataPart> parts, const DataSizes& sizes, uint64
   int64_t first_row = 0;
   for (DataPart& p : parts) {
     KDA_CHECK(std::isfinite(p.weight) && p.weight >= 0, "data: a weight must be above 0, is ", p.weight);
-    Part part{std::move(p.rows), p.weight, first_row, {0}};
-    int64_t tokens = 0;
+    const DataYield yield = yield_of(p, sizes.sequence_length);
+    KDA_CHECK(yield.tokens + yield.dropped_tokens > 0, "data: data set ", parts_.size(), " holds no token");
+    KDA_CHECK(yield.tokens > 0, "data: no row of data set ", parts_.size(), " fits sequence_length ",
+              sizes.sequence_length, "; all ", yield.dropped_rows, " would be dropped");
+    Part part{std::move(p.rows), p.weight, p.whole, first_row, {0}};
     for (int64_t r = 0; r < part.rows->count(); ++r) {
-      const int64_t n = part.rows->length(r);
-      tokens += n;
-      part.first_piece.push_back(part.first_piece.back() + (n + sizes.sequence_length - 1) / sizes.sequence_length);
+      const int64_t pieces = (part.rows->length(r) + sizes.sequence_length - 1) / sizes.sequence_length;
+      part.first_piece.push_back(part.first_piece.back() + (part.whole && pieces > 1 ? 0 : pieces));
     }
-    KDA_CHECK(tokens > 0, "data: data set ", parts_.size(), " holds no token");
-    if (!given) part.weight = double(tokens);
-    tokens_ += tokens;
+    if (!given) part.weight = double(yield.tokens);
+    tokens_ += yield.tokens;
     first_row += part.rows->source_count();
     parts_.push_back(std::move(part));
   }
   cursor_.resize(parts_.size());
 }
 
-size_t TrainData::furthest_behind(const std::vector<DataCursor>& cursor) const {
-  size_t best = 0;
+int64_t TrainData::furthest_behind(const std::vector<DataCursor>& cursor, bool may_be_cut) const {
+  int64_t best = -1;
   const auto taken = [&](size_t i) { return double(cursor[i].tokens) / parts_[i].weight; };
-  for (size_t i = 1; i < parts_.size(); ++i)
-    if (taken(i) < taken(best)) best = i;
+  for (size_t i = 0; i < parts_.size(); ++i)
+    if (!(may_be_cut && parts_[i].whole) && (best < 0 || taken(i) < taken(size_t(best)))) best = int64_t(i);
   return best;
+}
+
+TrainData::Piece TrainData::piece_at(size_t which, const DataCursor& c) const {
+  const Part& part = parts_[which];
+  const int64_t piece = Permutation(part.pieces(), seed_, uint64_t(c.epoch) << 16 | which)(c.position);
+  const auto after = std::upper_bound(part.first_piece.begin(), part.first_piece.end(), piece);
+  const int64_t row = after - part.first_piece.begin() - 1;
+  const int64_t begin = (piece - part.first_piece[size_t(row)]) * sizes_.sequence_length;
+  return {row, begin, std::min(sizes_.sequence_length, part.rows->length(row) - begin)};
 }
 
 template <class F>
@@ -79,14 +103,13 @@ void TrainData::each_sequence(std::vector<DataCursor>& cursor, F use) const {
   for (int64_t left = sizes_.batch_tokens; left > 0;) {
     // A piece that was cut goes on before anything else.
     const auto cut = std::find_if(cursor.begin(), cursor.end(), [](const DataCursor& c) { return c.offset > 0; });
-    const size_t which = cut != cursor.end() ? size_t(cut - cursor.begin()) : furthest_behind(cursor);
-    const Part& part = parts_[which];
-    DataCursor& c = cursor[which];
-    const int64_t piece = Permutation(part.pieces(), seed_, uint64_t(c.epoch) << 16 | which)(c.position);
-    const auto after = std::upper_bound(part.first_piece.begin(), part.first_piece.end(), piece);
-    const int64_t row = after - part.first_piece.begin() - 1;
-    const int64_t begin = (piece - part.first_piece[size_t(row)]) * sizes_.sequence_length;
-    const int64_t size = std::min(sizes_.sequence_length, part.rows->length(row) - begin);
+    int64_t which = cut != cursor.end() ? cut - cursor.begin() : furthest_behind(cursor, false);
+    if (parts_[size_t(which)].whole && piece_at(size_t(which), cursor[size_t(which)]).size > left)
+      which = furthest_behind(cursor, true);
+    if (which < 0) return;
+    const Part& part = parts_[size_t(which)];
+    DataCursor& c = cursor[size_t(which)];
+    const auto [row, begin, size] = piece_at(size_t(which), c);
     const int64_t n = std::min(size - c.offset, left);
     use(part, row, begin + c.offset, n);
     left -= n;
@@ -122,7 +145,7 @@ void TrainData::seek(const std::vector<DataCursor>& cursor) {
   for (size_t i = 0; i < cursor.size(); ++i) {
     const DataCursor& c = cursor[i];
     KDA_CHECK(c.epoch >= 0 && c.tokens >= 0 && c.position >= 0 && c.position < parts_[i].pieces() && c.offset >= 0 &&
-                  c.offset < sizes_.sequence_length,
+                  c.offset < (parts_[i].whole ? 1 : sizes_.sequence_length),
               "data: cursor (epoch ", c.epoch, ", position ", c.position, ", offset ", c.offset,
               ") lies outside of data set ", i, " with ", parts_[i].pieces(), " pieces");
   }

@@ -23,21 +23,31 @@ struct DataCursor {
 // A data set in a mixture.
 struct DataPart {
   std::shared_ptr<const Rows> rows;
-  double weight = 0;  // share of the tokens; 0 in all parts: as many as they hold
+  double weight = 0;   // share of the tokens; 0 in all parts: as many as they hold
+  bool whole = false;  // no row is cut; rows longer than the sequence are left out
 };
+
+// What a data set gives at a sequence length, once through.
+struct DataYield {
+  int64_t tokens = 0;
+  int64_t dropped_rows = 0, dropped_tokens = 0;  // too long
+};
+DataYield yield_of(const DataPart&, int64_t sequence_length);
 
 struct DataSizes {
   int64_t sequence_length = 0;  // rows are cut into pieces of at most so many tokens
-  int64_t batch_tokens = 0;     // exactly so many in each batch
+  int64_t batch_tokens = 0;     // so many in each batch; fewer only where all parts are `whole`
   int32_t vocabulary = 0;       // ids must be below it
 };
 
 // Endless. Pieces come in an order drawn anew for each epoch; one that does not fit a batch any more is cut there and
 // goes on in the next batch as a sequence of its own. The next piece comes from the data set that is furthest behind
-// its share of the tokens. Nothing depends on the number of threads.
+// its share of the tokens. A row of a `whole` part that does not fit waits for the next batch, and parts that may be
+// cut fill this one; without any, it ends there. Nothing depends on the number of threads.
 class TrainData {
  public:
-  // Throws Error for a data set without tokens, a weight below 0, weights for some parts only.
+  // Throws Error for a data set without tokens or without a row that fits, a weight below 0, weights for some parts
+  // only.
   TrainData(std::vector<DataPart>, const DataSizes&, uint64_t seed);
 
   // TrainBatch::rows count through the rows of all parts as they are stored: Rows::source_row.
@@ -57,11 +67,17 @@ class TrainData {
   struct Part {
     std::shared_ptr<const Rows> rows;
     double weight;
+    bool whole;
     int64_t first_row;                 // of this part, counted through all as they are stored
     std::vector<int64_t> first_piece;  // [rows + 1]
     int64_t pieces() const { return first_piece.back(); }
   };
-  size_t furthest_behind(const std::vector<DataCursor>&) const;
+  // Of all parts, or of those that may be cut; -1: there is none.
+  int64_t furthest_behind(const std::vector<DataCursor>&, bool may_be_cut) const;
+  struct Piece {
+    int64_t row, begin, size;
+  };
+  Piece piece_at(size_t part, const DataCursor&) const;
   // Calls use(part, row, begin, tokens) for each sequence of the batch at `cursor`, and moves that on.
   template <class F>
   void each_sequence(std::vector<DataCursor>& cursor, F use) const;

@@ -79,11 +79,11 @@ class Run {
               .stored = sources_.stored,
               .data = sources_.data,
               .held_out = sources_.held_out};
-    for (const DataPart& p : sources_.data)
-      for (int64_t r = 0; r < p.rows->count(); ++r) epoch_tokens_ += p.rows->length(r);
     for (const StageSpec& s : run_.stages) {
-      all_steps_ += steps_of(s, epoch_tokens_);
-      all_tokens_ += steps_of(s, epoch_tokens_) * s.step_tokens();
+      int64_t epoch = 0;
+      for (const DataPart& p : sources_.data) epoch += yield_of(p, s.sequence_length).tokens;
+      all_steps_ += steps_of(s, epoch);
+      all_tokens_ += steps_of(s, epoch) * s.step_tokens();
     }
     check_best_by();
     metrics_ = std::make_unique<LineLog>(folder_.path() / "metrics.jsonl");
@@ -342,6 +342,13 @@ class Run {
   void print_plan(int64_t before) {
     note(cat("stage '", spec().name, "': ", stage_->steps() - state_.stage_step, " of ", stage_->steps(), " steps of ",
              spec().step_tokens(), " tokens, ", stage_->trainable(), " trainable parameters"));
+    for (size_t i = 0; i < sources_.data.size(); ++i) {
+      const DataYield y = yield_of(sources_.data[i], spec().sequence_length);
+      if (y.dropped_rows)
+        note(cat("  ", run_.datasets[i].path, ": ", y.dropped_rows, " of ", sources_.data[i].rows->count(),
+                 " rows are dropped, being longer than ", spec().sequence_length, " tokens: ", y.dropped_tokens, " of ",
+                 y.tokens + y.dropped_tokens, " tokens"));
+    }
     int64_t sum = 0;
     for (const auto& [what, bytes] : stage_->memory()) {
       note(cat("  ", what, ": ", bytes, " bytes"));
@@ -364,7 +371,7 @@ class Run {
   std::unique_ptr<Stage> stage_;
   std::unique_ptr<LineLog> metrics_;
   std::string best_by_;
-  int64_t epoch_tokens_ = 0, all_steps_ = 0, all_tokens_ = 0;
+  int64_t all_steps_ = 0, all_tokens_ = 0;
   LossSums interval_;  // since the last line of metrics
   int64_t interval_tokens_ = 0;
   double interval_seconds_ = 0, mark_ = 0, rate_ = 0;

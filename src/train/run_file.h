@@ -17,15 +17,17 @@ namespace kda {
 struct DatasetSpec {
   std::string path;  // file or folder: JSONL, text, token shards, or one written by kda capture
   std::string text_key = "text";
-  double weight = 0;  // in a mixture; 0 everywhere: by size
+  double weight = 0;       // in a mixture; 0 everywhere: by size
+  bool drop_long = false;  // rows longer than the sequence are left out, the others never cut
 };
 
 enum class TeacherKind { none, live, stored };
 struct TeacherSpec {
   TeacherKind kind = TeacherKind::none;
-  std::string path = {};  // live: a model folder; stored: empty, the rows of the training data carry its log-probabilities
+  std::string path =
+      {};  // live: a model folder; stored: empty, the rows of the training data carry its log-probabilities
   std::string codec = {};  // stored, Parquet: DistillKit's logprob_compressor as one JSON object
-  int64_t top_k = 0;  // live: only so many of its likeliest ids count; 0: all
+  int64_t top_k = 0;       // live: only so many of its likeliest ids count; 0: all
 };
 
 enum class ScheduleKind { constant, linear, cosine, wsd };

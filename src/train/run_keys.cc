@@ -49,6 +49,9 @@ const Keys<DatasetSpec>& one_dataset_keys() {
              "file or folder: .jsonl, .txt, token shards, or one written by kda capture"),
         text("text_key", {}, &D::text_key, "JSON key that holds the text"),
         real("weight", {}, &D::weight, 0, 1e9, "share of the tokens in a mixture; give it to all or to none (by size)"),
+        choice<D, bool>("excess_length_strategy", {}, &D::drop_long, {{"split", false}, {"drop", true}},
+                        "split: rows are cut into pieces of sequence_length, and where a batch is full; drop: rows "
+                        "longer than sequence_length are left out, the others never cut"),
         refused<D>("repo_id", hub),
         refused<D>("split", hub),
         refused<D>("revision", hub),

@@ -127,7 +127,7 @@ RunSources open_sources(const DistillInput& in, const DistillHooks& hooks, Threa
   DataOpener opener(in, hooks, s.student.config, pool);
   Sha256 fingerprint;
   for (const DatasetSpec& d : run.datasets) {
-    s.data.push_back({stored ? stored_rows(stored) : opener.open(d), d.weight});
+    s.data.push_back({stored ? stored_rows(stored) : opener.open(d), d.weight, d.drop_long});
     fingerprint.add(s.data.back().rows->fingerprint());
   }
   KDA_CHECK(run.dataset_rows == 0 || s.data.size() == 1, "dataset.num_samples goes with one data set, here are ",
@@ -137,6 +137,9 @@ RunSources open_sources(const DistillInput& in, const DistillHooks& hooks, Threa
     KDA_CHECK(run.teacher.kind != TeacherKind::stored,
               "dataset.eval_dataset: a stored teacher knows its own rows only; hold some of them out with "
               "dataset.num_eval_samples");
+    KDA_CHECK(!run.eval.dataset->drop_long,
+              "dataset.eval_dataset: excess_length_strategy is for training data; eval.only_first keeps the start of "
+              "each held-out row");
     s.held_out = opener.open(*run.eval.dataset);
   } else if (run.eval.rows) {
     KDA_CHECK(s.data.size() == 1, "dataset.num_eval_samples goes with one data set, here are ", s.data.size(),

@@ -196,10 +196,10 @@ TEST_F(Convert, MeasuresAttention) {
     std::vector<double> mean(size_t(D), 0);
     for (int64_t i = 0; i < T * D; ++i) mean[size_t(i % D)] += double(x[size_t(i)]) / double(T);
     for (int64_t h = 0; h < H; ++h) {
-      double distance = 0, entropy = 0, queries = 0;
+      double distance = 0, typical = 0, entropy = 0, queries = 0;
       for (int64_t t = 63; t < T; t += 8, ++queries) {
         std::vector<double> p;
-        double all = 0, far = 0, even = 0;
+        double all = 0, far = 0, far_log = 0, even = 0;
         for (int64_t i = 0; i <= t; ++i) {
           double s = 0;
           for (int64_t j = 0; j < d; ++j) s += q[size_t((t * H + h) * d + j)] * k[size_t((i * G + h / 2) * d + j)];
@@ -209,27 +209,51 @@ TEST_F(Convert, MeasuresAttention) {
         for (int64_t i = 0; i <= t; ++i) {
           const double weight = p[size_t(i)] / all;
           even -= weight * std::log(weight);
-          if (i > 0) far += weight / (1 - p[0] / all) * std::log(double(t - i + 1));
+          if (i == 0) continue;
+          far += weight / (1 - p[0] / all) * double(t - i);
+          far_log += weight / (1 - p[0] / all) * std::log(double(t - i + 1));
         }
         distance += far;
+        typical += far_log;
         entropy += even / std::log(double(t + 1));
       }
-      const double want = std::exp(distance / queries);
+      const double want = distance / queries;
       EXPECT_NEAR(c.distance[size_t(h)], want, 1e-3 * want) << l << " " << h;
+      typical = std::exp(typical / queries);
+      EXPECT_NEAR(c.typical[size_t(h)], typical, 1e-3 * typical) << l << " " << h;
       EXPECT_NEAR(c.entropy[size_t(h)], entropy / queries, 1e-4) << l << " " << h;
-      // Decays: around one that halves over that distance, from 7.4 times slower to 7.4 times faster.
-      double logs = 0, least = 1e9, most = -1e9;
+      // Half-lives: one radian of the channel's rotation (channels i and i + d/2 turn together), within bounds.
       for (int64_t i = 0; i < d; ++i) {
-        const double rate = std::log(std::log1p(std::exp(double(c.dt_bias[size_t(h * d + i)]))));
-        logs += rate / double(d), least = std::min(least, rate), most = std::max(most, rate);
+        const double rate = std::log1p(std::exp(double(c.dt_bias[size_t(h * d + i)])));
+        const double radian = std::pow(10000., 2. * double(i % (d / 2)) / double(d));
+        const double half_life = std::max(1.5, std::min(radian, 4 * want));
+        EXPECT_NEAR(std::log(2.) / rate, half_life, 2e-3 * half_life) << l << " " << h << " " << i;
       }
-      EXPECT_NEAR(logs, std::log(std::log(2.) / want), 0.05);
-      EXPECT_NEAR(most - least, 2 * std::log(7.4), 0.2);
       double beta = 0;
       for (int64_t i = 0; i < D; ++i) beta += double(c.b_proj[size_t(h * D + i)]) * mean[size_t(i)];
       EXPECT_NEAR(1 / (1 + std::exp(-beta)), 0.6 - 0.3 * c.entropy[size_t(h)], 1e-3);
     }
   }
+}
+
+// Without positions there are no wavelengths: around one that halves over the geometric mean of distances, from 7.4
+// times slower to 7.4 times faster.
+TEST_F(Convert, SpreadsDecaysWhereThereAreNoPositions) {
+  CpuContext ctx;
+  Weights w = arrange_weights(load_checkpoint(kNano));
+  for (LayerSpec& s : w.config.layers) s.rope = false;
+  for (LayerWeights& l : w.layers) l.spec.rope = false;
+  const auto found = calibrate(ctx, w, std::vector<bool>(8, true), some_text(1, 96, 4096), {});
+  for (const auto& [l, c] : found)
+    for (size_t h = 0; h < 4; ++h) {
+      double logs = 0, least = 1e9, most = -1e9;
+      for (size_t i = 0; i < 64; ++i) {
+        const double rate = std::log(std::log1p(std::exp(double(c.dt_bias[h * 64 + i]))));
+        logs += rate / 64, least = std::min(least, rate), most = std::max(most, rate);
+      }
+      EXPECT_NEAR(logs, std::log(std::log(2.) / c.typical[h]), 0.05) << l << " " << h;
+      EXPECT_NEAR(most - least, 2 * std::log(7.4), 0.2) << l << " " << h;
+    }
 }
 
 // How far mixers of a student are from the teacher's on the teacher's inputs, relative to the teacher's power.

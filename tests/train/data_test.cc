@@ -162,7 +162,66 @@ TEST(TrainData, MixesByTokens) {
   EXPECT_NEAR(double(by_size.cursor()[1].tokens), 20, 8);
 }
 
+TEST(TrainData, DropsLongRowsAndCutsNone) {
+  const DataPart part{numbered(kLengths), 0, true};
+  const DataYield yield = yield_of(part, 16);
+  EXPECT_EQ(yield.tokens, 29);
+  EXPECT_EQ(yield.dropped_rows, 3);
+  EXPECT_EQ(yield.dropped_tokens, 121);
+  EXPECT_EQ(yield_of({numbered(kLengths)}, 16).tokens, 150);
+  TrainData data({part}, {16, 20, kVocabulary}, 5);
+  EXPECT_EQ(data.tokens(), 29);
+  std::map<int64_t, int> seen;
+  int64_t tokens = 0;
+  while (data.cursor()[0].epoch < 4) {
+    TrainBatch b;
+    data.next(b);
+    ASSERT_GT(b.T(), 0);
+    ASSERT_LE(b.T(), 20);
+    expect_sound(b, b.T(), 16);
+    for (size_t s = 0; s < b.rows.size(); ++s) {
+      EXPECT_EQ(b.offsets[s], 0);
+      EXPECT_EQ(b.start[s + 1] - b.start[s], kLengths[size_t(b.rows[s])]);
+      ++seen[b.rows[s]];
+    }
+    tokens += b.T();
+  }
+  EXPECT_EQ(data.cursor()[0].tokens, tokens);
+  EXPECT_GE(tokens, 4 * 29);
+  EXPECT_EQ(seen.size(), 5u);  // rows of 7, 1, 16, 3 and 2 tokens
+  for (const auto& [row, times] : seen) EXPECT_TRUE(times == 4 || times == 5) << row;
+}
+
+// A part that may be cut fills what whole rows leave, and all go on from a cursor.
+TEST(TrainData, WholeRowsBesideOnesThatMayBeCut) {
+  const std::vector<DataPart> parts = {{numbered({5000}), 1}, {numbered({15, 90, 9, 13, 16}), 1, true}};
+  const DataSizes sizes{16, 40, kVocabulary};
+  TrainData data(parts, sizes, 3);
+  std::set<int64_t> whole;
+  for (int i = 0; i < 100; ++i) {
+    TrainData again(parts, sizes, 3);
+    again.seek(data.cursor());
+    TrainBatch b, c;
+    data.next(b);
+    again.next(c);
+    EXPECT_EQ(b.ids, c.ids);
+    EXPECT_EQ(b.start, c.start);
+    ASSERT_EQ(b.T(), 40);
+    for (size_t s = 0; s < b.rows.size(); ++s) {
+      if (b.rows[s] == 0) continue;
+      EXPECT_EQ(b.offsets[s], 0);
+      EXPECT_EQ(b.start[s + 1] - b.start[s], parts[1].rows->length(b.rows[s] - 1));
+      whole.insert(b.rows[s]);
+    }
+  }
+  EXPECT_EQ(whole, (std::set<int64_t>{1, 3, 4, 5}));
+  EXPECT_NEAR(double(data.cursor()[1].tokens), 2000, 32);
+  EXPECT_EQ(data.cursor()[1].offset, 0);
+  EXPECT_THROW(data.seek({{}, {0, 0, 3, 0}}), Error);
+}
+
 TEST(TrainData, Refuses) {
+  EXPECT_THROW(TrainData({{numbered({17, 0}), 0, true}}, {16, 50, kVocabulary}, 5), Error);
   EXPECT_THROW(TrainData({}, {16, 50, kVocabulary}, 5), Error);
   EXPECT_THROW(TrainData({{numbered({0, 0})}}, {16, 50, kVocabulary}, 5), Error);
   EXPECT_THROW(TrainData({{numbered({8}), 1}, {numbered({8})}}, {16, 50, kVocabulary}, 5), Error);

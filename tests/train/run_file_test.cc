@@ -76,7 +76,7 @@ training_args:
 // Ours.
 const std::string kStages = R"(model: student
 output_path: out
-dataset: {train_dataset: [{path: a, weight: 3}, {path: b, weight: 1}], eval_dataset: {path: c}}
+dataset: {train_dataset: [{path: a, weight: 3}, {path: b, weight: 1, excess_length_strategy: drop}], eval_dataset: {path: c}}
 teacher: {path: teacher}
 batch_size: 8
 learning_rate: 1e-3
@@ -151,6 +151,8 @@ TEST(RunFile, ReadsStages) {
   const RunFile r = read(kStages);
   ASSERT_EQ(r.stages.size(), 2u);
   EXPECT_EQ(r.datasets[1].weight, 1);
+  EXPECT_FALSE(r.datasets[0].drop_long);
+  EXPECT_TRUE(r.datasets[1].drop_long);
   EXPECT_EQ(r.eval.dataset->path, "c");
   EXPECT_EQ(r.eval.every, 50);
   EXPECT_EQ(r.eval.probes.needles, "n.jsonl");

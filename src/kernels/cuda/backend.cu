@@ -171,6 +171,7 @@ const Backend* cuda_backend() {
       .record = cuda::record,
       .matmul_workspace = cuda::matmul_workspace,
       .matvec_workspace = cuda::matvec_workspace,
+      .attention_workspace = cuda::attention_workspace,
       .kda_decode_workspace = cuda::kda_decode_workspace,
       .embedding = cuda::embedding,
       .rms_norm = cuda::rms_norm,
@@ -186,9 +187,11 @@ const Backend* cuda_backend() {
       .relu2 = cuda::relu2,
       .swiglu = cuda::swiglu,
       .rope = cuda::rope,
+      .attention = cuda::attention,
       .conv_silu = cuda::conv_silu,
       .kda_output = cuda::kda_output,
       .kda_decode = cuda::kda_decode,
+      .sample = cuda::sample,
       .quantize_rows = cuda::quantize_rows,
   };
   return &table;

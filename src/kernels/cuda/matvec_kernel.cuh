@@ -102,7 +102,7 @@ __device__ inline uint2 norm_apply(float4 x, float4 w, float factor) {
 }
 
 // The same normed rows, to global memory: for more rows than every block would want to norm again.
-__global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256)
     norm_rows_kernel(const float* x, const float* w, float eps, int K, __nv_bfloat16* h) {
   __shared__ float sums[kNormSlices];
   release_next();

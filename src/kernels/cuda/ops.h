@@ -25,10 +25,13 @@ void add_bias(Context&, const AddBias&);
 void relu2(Context&, const Relu2&);
 void swiglu(Context&, const SwiGlu&);
 void rope(Context&, const Rope&);
+void attention(Context&, const Attention&);
+size_t attention_workspace(const Context&, int64_t T, int64_t H, int64_t d, int64_t capacity);
 void conv_silu(Context&, const Conv&);
 void kda_output(Context&, const KdaOutput&);
 void kda_decode(Context&, const KdaDecode&);
 size_t kda_decode_workspace(const Context&, int64_t N, int64_t H, int64_t K, int64_t V);
 void quantize_rows(Context&, const QuantizeRows&);
+void sample(Context&, const Sample&);
 
 }  // namespace kda::cuda

@@ -1,8 +1,10 @@
 // kernels/probe.h — what this machine can do at most, measured: the bars that our kernels are held to.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "base/parallel.h"
 #include "kernels/backend.h"
@@ -25,9 +27,6 @@ class DramProbe {
 
 // The median of several passes.
 double probe_dram_read_bytes_per_s(ThreadPool&);
-
-// From pinned host memory to the device of a CUDA context: what loading a model is held to, beside reading its file.
-double probe_pinned_copy_bytes_per_s(Context&);
 
 // `count` products y[rows,N] = x[rows,K] W[N,K]^T, as one layer of a model has them.
 struct GemmShape {
@@ -52,5 +51,24 @@ class GemmProbe {
 
 // Floating-point operations per second (2 rows N K each) over all shapes: each one's median of `passes`.
 double probe_gemm_flops_per_s(ThreadPool&, int64_t rows, std::span<const GemmShape> shapes, int passes = 5);
+
+// ---- a CUDA context's device; these throw Error on any other context
+
+struct DeviceStatus {
+  std::string name;  // as the driver has it
+  int64_t memory_bytes, free_bytes;
+};
+DeviceStatus device_status(const Context&);
+
+// Milliseconds from the start of what `work` puts on the compute stream to its end, by the device's clock. `before` is
+// put there first and not counted: it also gives the host a start, so that launches are not waited for.
+double device_ms(Context&, const std::function<void()>& before, const std::function<void()>& work);
+
+// Reading device memory, copying within it (bytes read + bytes written), and copying to it from pinned host memory
+// (what loading a model is held to, beside reading its file); the median of several passes over more than any cache
+// holds.
+double probe_device_read_bytes_per_s(Context&);
+double probe_device_copy_bytes_per_s(Context&);
+double probe_pinned_copy_bytes_per_s(Context&);
 
 }  // namespace kda

@@ -33,5 +33,7 @@ void kda_decode(Context&, const KdaDecode&);
 size_t kda_decode_workspace(const Context&, int64_t N, int64_t H, int64_t K, int64_t V);
 void quantize_rows(Context&, const QuantizeRows&);
 void sample(Context&, const Sample&);
+void kda_prefill(Context&, const KdaPrefill&);
+size_t kda_prefill_workspace(const Context&, int64_t T, int64_t N, int64_t H, int64_t K, int64_t V);
 
 }  // namespace kda::cuda

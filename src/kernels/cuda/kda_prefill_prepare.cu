@@ -1,0 +1,580 @@
+// What of a chunk of 64 tokens does not touch the state: gates, unit lengths, scores, the triangular solve. One block
+// for each chunk and head.
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/kda_prefill.cuh"
+
+namespace kda::cuda::prefill {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr float kLog2e = 1.4426950408889634f;
+
+// Shared memory. Three levels of scaled rows (pairs at least 8, 16 and 32 tokens apart): k of 64 tokens, q of the 32
+// that are rows; later the solve's matrices and v. Then K^, the scores, beta.
+template <int K>
+struct Layout {
+  static constexpr int row = K * 2, level = 96 * row;
+  // over the levels, once the scores are there
+  static constexpr int X = 0, product = X + 64 * 64 * 4, T = product, T_high = T + 64 * 128, T_low = T_high + 64 * 128;
+  static constexpr int v = T_low + 64 * 128, solve = v + 64 * 256;
+  static constexpr int keys = 3 * level > solve ? 3 * level : solve, L = keys + 64 * row, P = L + 64 * 64 * 4;
+  static constexpr int beta = P + 64 * 64 * 2, bytes = beta + 64 * 4;
+  };
+__device__ inline float shuffled(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+__device__ inline __half2 shuffled(__half2 x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+
+// Sums n values over the lanes of groups of n: afterwards x[0] is the sum of value `lane % n`.
+template <int n, class T, int size>
+__device__ inline void fold(T (&x)[size], int lane) {
+  if constexpr (n > 1) {
+    const bool upper = lane & (n / 2);
+#pragma unroll
+    for (int j = 0; j < n / 2; ++j) {
+      const T low = x[j], high = x[j + n / 2], send = upper ? low : high, keep = upper ? high : low;
+      x[j] = keep + shuffled(send, n / 2);
+    }
+    fold<n / 2>(x, lane);
+  }
+}
+
+template <int n>
+__device__ inline void load_bf16(float (&x)[n], const __nv_bfloat16* p) {
+  if constexpr (n == 4) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(p);
+    x[0] = __uint_as_float(bits.x << 16), x[1] = __uint_as_float(bits.x & 0xffff0000u);
+    x[2] = __uint_as_float(bits.y << 16), x[3] = __uint_as_float(bits.y & 0xffff0000u);
+  } else {
+    const uint32_t bits = *reinterpret_cast<const uint32_t*>(p);
+    x[0] = __uint_as_float(bits << 16), x[1] = __uint_as_float(bits & 0xffff0000u);
+  }
+}
+
+// A lane's C channels of one token, as fp16.
+template <int C>
+struct Channels {
+  __half2 x[C / 2];
+  __device__ void set(const float (&f)[C], float by) {
+#pragma unroll
+    for (int c = 0; c < C / 2; ++c) x[c] = __floats2half2_rn(f[2 * c] * by, f[2 * c + 1] * by);
+  }
+  __device__ Channels operator*(const Channels& o) const {
+    Channels y;
+#pragma unroll
+    for (int c = 0; c < C / 2; ++c) y.x[c] = __hmul2(x[c], o.x[c]);
+    return y;
+  }
+  __device__ __half2 dot(const Channels& o) const {  // in two halves
+    __half2 y = __hmul2(x[0], o.x[0]);
+    if constexpr (C == 4) y = __hfma2(x[1], o.x[1], y);
+    return y;
+  }
+  __device__ void store(char* to) const {
+    if constexpr (C == 4) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(x);
+    else *reinterpret_cast<__half2*>(to) = x[0];
+  }
+};
+
+// Log of the decay, base 2; a = exp(A_log). What log2(1 + e) would lose of a small e comes from its series.
+__device__ inline float softplus_log2(float z, float a) {
+  const float e = exp2_fast(-fabsf(z) * kLog2e), small = kLog2e * e * (1.0f - e * (0.5f - e * (1.0f / 3)));
+  return -a * (fmaxf(z, 0.0f) * kLog2e + (e < 0x1p-7f ? small : log2_fast(1.0f + e)));
+}
+__device__ inline float bounded_log2(float z, float a, float lower) {
+  const float e = exp2_fast(-fabsf(a * z) * kLog2e), s = __fdividef(1.0f, 1.0f + e);
+  return lower * kLog2e * (a * z >= 0 ? s : e * s);
+}
+
+// Unit of 16 bytes u of row r, in rows of K halves.
+template <int K>
+__device__ inline int at(int r, int u) {
+  return r * (K * 2) + ((u ^ (r & 7)) * 16);
+}
+// The same for [64,64] halves.
+__device__ inline int at64(int r, int u) { return r * 128 + ((u ^ (r & 7)) * 16); }
+// [64,64] floats: the index of row r, column c.
+__device__ inline int at_f(int r, int c) { return r * 64 + (c ^ ((r & 7) * 4)); }
+
+// One tile of scores: rows of two tables of scaled rows (row_address: this lane's row of A), columns col0 .. col0+7.
+template <int K>
+__device__ inline void score_tile(float (&c)[4], uint32_t base, int a_row, int b_row, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] = 0;
+#pragma unroll
+  for (int s = 0; s < K / 32; ++s) {
+    uint32_t a0[4], a1[4], b[4];
+    ldmatrix(b, base + at<K>(b_row, s * 4 + (lane >> 3)));
+    ldmatrix(a0, base + at<K>(a_row, s * 4 + (lane >> 4)));
+    ldmatrix(a1, base + at<K>(a_row, s * 4 + 2 + (lane >> 4)));
+    mma(c, a0, b[0], b[1]);
+    mma(c, a1, b[2], b[3]);
+  }
+}
+
+__device__ inline uint32_t tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+__device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// c += a[16,8] b[8,8] from [64,64] matrices in shared memory, the first element of each given; what tf32 drops of
+// either operand is multiplied by the other's upper part, so that the products keep 21 bits.
+__device__ inline void product8(float (&c)[4], const float* a, int ar, int ac, const float* b, int br, int bc, int g,
+                                int t) {
+  const float x[4] = {a[at_f(ar + g, ac + t)], a[at_f(ar + 8 + g, ac + t)], a[at_f(ar + g, ac + 4 + t)],
+                      a[at_f(ar + 8 + g, ac + 4 + t)]};
+  const float y[2] = {b[at_f(br + t, bc + g)], b[at_f(br + 4 + t, bc + g)]};
+  uint32_t xh[4], xl[4], yh[2], yl[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) xh[i] = tf32(x[i]), xl[i] = tf32(x[i] - __uint_as_float(xh[i]));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) yh[i] = tf32(y[i]), yl[i] = tf32(y[i] - __uint_as_float(yh[i]));
+  mma_tf32(c, xl, yh);
+  mma_tf32(c, xh, yl);
+  mma_tf32(c, xh, yh);
+}
+__device__ inline void put8(float* to, int r, int c, const float (&x)[4], float by, int g, int t) {
+  *reinterpret_cast<float2*>(to + at_f(r + g, c + 2 * t)) = make_float2(by * x[0], by * x[1]);
+  *reinterpret_cast<float2*>(to + at_f(r + 8 + g, c + 2 * t)) = make_float2(by * x[2], by * x[3]);
+}
+
+template <int K>
+__global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
+  using M = Layout<K>;
+  constexpr int C = K / 32;  // channels of a lane
+  extern __shared__ __align__(1024) char shared[];
+  char* const keys = shared + M::keys ;
+  float* const L = reinterpret_cast<float*>(shared + M::L);
+  char* const P = shared + M::P ;
+  float* const beta = reinterpret_cast<float*>(shared + M::beta);
+  float* const sums = L;  // [8][K] until the scores come
+
+  const int64_t slot = a.from + blockIdx.x;
+  const int h = int(blockIdx.y), H = a.H, V = a.V;
+  const int n = sequence_of(a, slot);
+  const int64_t chunk = slot - first_slot(a.start[n], n), token0 = a.start[n] + chunk * kChunk;
+  if (token0 >= a.start[n + 1]) return;
+  const int count = int(a.start[n + 1] - token0 < kChunk ? a.start[n + 1] - token0 : kChunk);
+  const int tid = int(threadIdx.x), w = tid >> 5, lane = tid & 31;
+  char* const record = a.records + (int64_t(blockIdx.x) * H + h) * Record<K>::bytes(V);
+
+  // ---- this warp's 8 tokens, this lane's C channels: q and k at unit length, decays
+  const int ch = lane * C;
+  Channels<C> q[8], k[8];
+  float d[8][C];
+  if (tid < 64) {
+    const float x = tid < count ? __bfloat162float(a.b[(token0 + tid) * H + h]) : 0.0f;
+    beta[tid] = tid < count ? a.beta_scale / (1.0f + expf(-x)) : 0.0f;
+  }
+  {
+    float qf[8][C], kf[8][C], x[16];
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      const int token = 8 * w + t;
+      const int64_t from = ((token0 + token) * H + h) * K + ch;
+      if (token < count) {
+        load_bf16(qf[t], a.q + from);
+        load_bf16(kf[t], a.k + from);
+        load_bf16(d[t], a.f + from);
+      } else {
+#pragma unroll
+        for (int c = 0; c < C; ++c) qf[t][c] = kf[t][c] = d[t][c] = 0;
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      x[t] = x[8 + t] = 0;
+#pragma unroll
+      for (int c = 0; c < C; ++c) x[t] += qf[t][c] * qf[t][c], x[8 + t] += kf[t][c] * kf[t][c];
+    }
+    fold<16>(x, lane);
+    const float r = rsqrtf(x[0] + shuffled(x[0], 16) + kL2NormEps);
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      q[t].set(qf[t], __shfl_sync(~0u, r, t));
+      k[t].set(kf[t], __shfl_sync(~0u, r, 8 + t));
+    }
+  }
+  {
+    const float A = expf(a.A_log[h]);
+    float sum[C], bias[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) bias[c] = a.dt_bias[h * K + ch + c], sum[c] = 0;
+    const auto decays = [&](auto log2_of) {
+#pragma unroll
+      for (int t = 0; t < 8; ++t)
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          const float x = log2_of(d[t][c] + bias[c], 8 * w + t < count);
+          sum[c] += x;
+          d[t][c] = exp2_fast(x);
+        }
+    };
+    // Tokens beyond the sequence's end leave a state alone.
+    if (a.bounded) decays([&](float z, bool there) { return bounded_log2(z, A, there ? a.lower_bound : 0.0f); });
+    else decays([&](float z, bool there) { return softplus_log2(z, there ? A : 0.0f); });
+#pragma unroll
+    for (int c = 0; c < C; ++c) sums[w * K + ch + c] = sum[c];
+  }
+  __syncthreads();
+
+  // ---- rows scaled to each level's border, K^, Q^, K'
+  {
+    // Factors from the other blocks of 8: to the border of 16, of 32, and to the chunk's start and end.
+    Channels<C> f16, f32, before, behind;
+    {
+      float s16[C] = {}, s32[C] = {}, start[C] = {}, end[C] = {};
+      const auto block = [&](float (&x)[C], int j) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) x[c] = sums[j * K + ch + c];
+      };
+      const auto add = [&](float (&to)[C], const float (&x)[C]) {
+#pragma unroll
+        for (int c = 0; c < C; ++c) to[c] += x[c];
+      };
+      float x[C];
+#pragma unroll 1
+      for (int j = 0; j < w; ++j) {
+        block(x, j);
+        add(start, x);
+        if (j >= (w & 4) && (w & 4)) add(s32, x);
+        if ((w & 2) && j == (w ^ 1)) add(s16, x);
+      }
+#pragma unroll 1
+      for (int j = w + 1; j < 8; ++j) {
+        block(x, j);
+        add(end, x);
+        if (j < 4 && !(w & 4)) add(s32, x);
+        if (!(w & 2) && j == (w ^ 1)) add(s16, x);
+      }
+      if (w == 0) {
+        block(x, 0);
+        float* const E = reinterpret_cast<float*>(record + Record<K>::e);
+#pragma unroll
+        for (int c = 0; c < C; ++c) E[ch + c] = exp2f(x[c] + end[c]);
+      }
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+        s16[c] = exp2_fast(s16[c]), s32[c] = exp2_fast(s32[c]), start[c] = exp2_fast(start[c]), end[c] = exp2_fast(end[c]);
+      f16.set(s16, 1), f32.set(s32, 1), before.set(start, 1), behind.set(end, 1);
+    }
+    const int unit = ch / 8, byte = (ch % 8) * 2;
+    // p: what reaches each token of the state at the 8's start; then what of its write is left at their end.
+    float p[C];
+    Channels<C> ph;
+#pragma unroll
+    for (int c = 0; c < C; ++c) p[c] = 1;
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      const int row = at<K>(8 * w + t, unit) + byte, q8 = at<K>(64 + 8 * (w >> 1) + t, unit) + byte;
+      const int q16 = at<K>(64 + 8 * ((w >> 2) * 2 + (w & 1)) + t, unit) + byte, q32 = at<K>(64 + 8 * (w & 3) + t, unit) + byte;
+#pragma unroll
+      for (int c = 0; c < C; ++c) p[c] *= d[t][c];
+      ph.set(p, 1);
+      if (w & 1) {
+        (k[t] * ph).store(shared + row);
+        (q[t] * ph).store(shared + q8);
+      }
+      if (w & 2) {
+        const Channels<C> x = ph * f16;
+        (k[t] * x).store(shared + M::level + row);
+        (q[t] * x).store(shared + M::level + q16);
+      }
+      if (w & 4) {
+        const Channels<C> x = ph * f32;
+        (k[t] * x).store(shared + 2 * M::level + row);
+        (q[t] * x).store(shared + 2 * M::level + q32);
+      }
+      const Channels<C> x = ph * before;
+      (k[t] * x).store(keys + row);
+      (q[t] * x).store(record + Record<K>::q + row);
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) p[c] = 1;
+#pragma unroll
+    for (int t = 7; t >= 0; --t) {
+      const int row = at<K>(8 * w + t, unit) + byte;
+      ph.set(p, 1);
+      if (!(w & 1)) (k[t] * ph).store(shared + row);
+      if (!(w & 2)) (k[t] * (ph * f16)).store(shared + M::level + row);
+      if (!(w & 4)) (k[t] * (ph * f32)).store(shared + 2 * M::level + row);
+      (k[t] * (ph * behind)).store(record + Record<K>::k + row);
+#pragma unroll
+      for (int c = 0; c < C; ++c) p[c] *= d[t][c];
+    }
+  }
+
+  // ---- pairs within 8 tokens: products of the decays themselves. {L,P} of 28 pairs i < t and P of two tokens with
+  // themselves in each of the last four, summed over the lanes: lane l gets number l.
+  __half2 near[32];
+  {
+    Channels<C> decay[8];
+#pragma unroll
+    for (int t = 0; t < 8; ++t) decay[t].set(d[t], 1);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      Channels<C> key = k[i];
+#pragma unroll
+      for (int t = i + 1; t < 8; ++t) {
+        key = key * decay[t];
+        const __half2 kk = key.dot(k[t]), qk = key.dot(q[t]);
+        near[i * 7 - i * (i - 1) / 2 + t - i - 1] = __hadd2(__lows2half2(kk, qk), __highs2half2(kk, qk));
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < 8; t += 2) {
+      const __half2 x = k[t].dot(q[t]), y = k[t + 1].dot(q[t + 1]);
+      near[28 + t / 2] = __hadd2(__lows2half2(x, y), __highs2half2(x, y));
+    }
+    fold<32>(near, lane);
+  }
+  __syncthreads();
+
+  // ---- scores: L times beta of its row, P
+  const int g = lane >> 2, tq = lane & 3;
+  const auto p_at = [&](int t, int i) -> __half& { return *reinterpret_cast<__half*>(P + at64(t, i / 8) + (i % 8) * 2); };
+  if (lane < 28) {
+    int i = 0, t = lane;
+#pragma unroll
+    for (int row = 7; row > 0; --row)
+      if (t >= row && i == 7 - row) t -= row, ++i;
+    t += 8 * w + i + 1, i += 8 * w;
+    L[at_f(t, i)] = beta[t] * __low2float(near[0]);
+    p_at(t, i) = __high2half(near[0]);
+  } else {
+    const int t = 8 * w + 2 * (lane - 28);
+    p_at(t, t) = __low2half(near[0]);
+    p_at(t + 1, t + 1) = __high2half(near[0]);
+  }
+  const uint32_t base = shared_address(shared);
+  // Rows t, t+8 and columns i, i+1 of a tile
+  const auto put = [&](const float (&c)[4], int t, int t8, int i, bool is_q, bool is_q8) {
+    if (is_q) *reinterpret_cast<uint32_t*>(P + at64(t, i / 8) + (i % 8) * 2) = half2_bits(c[0], c[1]);
+    else *reinterpret_cast<float2*>(L + at_f(t, i)) = make_float2(beta[t] * c[0], beta[t] * c[1]);
+    if (is_q8) *reinterpret_cast<uint32_t*>(P + at64(t8, i / 8) + (i % 8) * 2) = half2_bits(c[2], c[3]);
+    else *reinterpret_cast<float2*>(L + at_f(t8, i)) = make_float2(beta[t8] * c[2], beta[t8] * c[3]);
+  };
+  {
+    float c[4];
+    {  // 32 apart: two tiles of rows of k and of q, four tiles of columns
+      const int m = w & 3;
+      const bool is_q = m & 2;
+      const int a_row = (is_q ? 64 : 32) + 16 * (m & 1) + (lane & 15);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int col = 8 * (2 * (w >> 2) + j), t = 32 + 16 * (m & 1) + g;
+        score_tile<K>(c, base + 2 * M::level, a_row, col + (lane & 7), lane);
+        put(c, t, t + 8, col + 2 * tq, is_q, is_q);
+      }
+    }
+    {  // 16 apart: two squares
+      const int square = w >> 2, col = 32 * square + 8 * (w & 1), t = 32 * square + 16 + g;
+      const bool is_q = w & 2;
+      score_tile<K>(c, base + M::level, (is_q ? 64 + 16 * square : 32 * square + 16) + (lane & 15), col + (lane & 7), lane);
+      put(c, t, t + 8, col + 2 * tq, is_q, is_q);
+    }
+    if (w < 4) {  // 8 apart: four squares, k above q in one tile
+      const int t = 16 * w + 8 + g;
+      score_tile<K>(c, base, (lane & 8 ? 64 + 8 * w : 16 * w + 8) + (lane & 7), 16 * w + (lane & 7), lane);
+      put(c, t, t, 16 * w + 2 * tq, false, true);
+    } else {  // above P's diagonal blocks nothing was written: zeros for the fragments
+      for (int i = tid - 128; i < 64 * 8; i += 128) {
+        const int r = i >> 3, u = i & 7;
+        if (u > r / 8) *reinterpret_cast<uint4*>(P + at64(r, u)) = make_uint4(0, 0, 0, 0);
+      }
+      for (int i = tid - 128; i < 64; i += 128)
+        for (int c8 = i % 8 + 1; c8 < 8; ++c8)
+          *reinterpret_cast<__half*>(P + at64(i, i / 8) + c8 * 2) = __float2half(0.0f);
+    }
+  }
+  __syncthreads();
+
+  // ---- v comes while the solve runs; the levels are over
+  {
+    const int units = V / 8;
+    for (int i = tid; i < 64 * units; i += kThreads) {
+      const int r = i / units, u = i % units;
+      const bool there = r < count;
+      copy_async_or_zero(base + M::v + r * V * 2 + ((u ^ (r & 7)) * 16),
+                         a.v + ((token0 + (there ? r : 0)) * H + h) * V + u * 8, there);
+    }
+    copy_async_commit();
+  }
+
+  // ---- X = (I + beta L)^-1 by halves: squares of 16, then 32, then 64
+  float* const X = reinterpret_cast<float*>(shared + M::X);
+  if (tid < 64) {
+    const int r0 = tid & 48, col = tid & 15;
+    float x[16];
+#pragma unroll
+    for (int t = 0; t < 16; ++t) {
+      float s = t == col ? 1.0f : 0.0f;
+#pragma unroll
+      for (int i = 0; i < t; i += 4) {
+        const float4 l = *reinterpret_cast<const float4*>(L + at_f(r0 + t, r0 + i));
+        s -= l.x * x[i];
+        if (i + 1 < t) s -= l.y * x[i + 1];
+        if (i + 2 < t) s -= l.z * x[i + 2];
+        if (i + 3 < t) s -= l.w * x[i + 3];
+      }
+      x[t] = s;
+      X[at_f(r0 + t, r0 + col)] = s;
+    }
+  } else {
+    // fragments of P to the record meanwhile
+    for (int i = tid - 64; i < 512; i += kThreads - 64) {
+      const int l = i & 31, t = 8 * (i >> 6) + (l >> 2), c = 32 * ((i >> 5) & 1) + 2 * (l & 3);
+      uint4 u;
+      u.x = *reinterpret_cast<const uint32_t*>(P + at64(t, c / 8) + (c % 8) * 2);
+      u.y = *reinterpret_cast<const uint32_t*>(P + at64(t, c / 8 + 1) + (c % 8) * 2);
+      u.z = *reinterpret_cast<const uint32_t*>(P + at64(t, c / 8 + 2) + (c % 8) * 2);
+      u.w = *reinterpret_cast<const uint32_t*>(P + at64(t, c / 8 + 3) + (c % 8) * 2);
+      *reinterpret_cast<uint4*>(record + Record<K>::p + i * 16) = u;
+    }
+  }
+  __syncthreads();
+  // X10 = -X11 (L10 X00): 16 below 16, twice, then 32 below 32; 8 columns for each warp. A warp reads back only what it
+  // wrote itself of the inner product.
+  float* const product = reinterpret_cast<float*>(shared + M::product);
+  if (w < 4) {
+    const int top = 32 * (w >> 1), n = w & 1;
+    float c[4] = {};
+    for (int s = n; s < 2; ++s) product8(c, L, top + 16, top + 8 * s, X, top + 8 * s, top + 8 * n, g, tq);
+    put8(product, 0, 8 * w, c, 1, g, tq);
+    __syncwarp();
+    c[0] = c[1] = c[2] = c[3] = 0;
+    for (int s = 0; s < 2; ++s) product8(c, X, top + 16, top + 16 + 8 * s, product, 8 * s, 8 * w, g, tq);
+    put8(X, top + 16, top + 8 * n, c, -1, g, tq);
+  }
+  __syncthreads();
+  if (w < 4) {
+    float c[2][4] = {};
+    for (int s = w; s < 4; ++s) {
+      product8(c[0], L, 32, 8 * s, X, 8 * s, 8 * w, g, tq);
+      product8(c[1], L, 48, 8 * s, X, 8 * s, 8 * w, g, tq);
+    }
+    put8(product, 0, 8 * w, c[0], 1, g, tq);
+    put8(product, 16, 8 * w, c[1], 1, g, tq);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[0][i] = c[1][i] = 0;
+    for (int s = 0; s < 4; ++s) {
+      if (s < 2) product8(c[0], X, 32, 32 + 8 * s, product, 8 * s, 8 * w, g, tq);
+      product8(c[1], X, 48, 32 + 8 * s, product, 8 * s, 8 * w, g, tq);
+    }
+    put8(X, 32, 8 * w, c[0], -1, g, tq);
+    put8(X, 48, 8 * w, c[1], -1, g, tq);
+  }
+  __syncthreads();
+  // T = X diag(beta): fp16 for the keys, two bf16 for v
+  for (int i = tid; i < 64 * 8; i += kThreads) {
+    const int r = i >> 3, u = i & 7;
+    uint32_t t[4], high[4], low[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float y[2];
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        const int c = 8 * u + 2 * e + o;
+        y[o] = c <= r ? X[at_f(r, c)] * beta[c] : 0.0f;
+      }
+      t[e] = half2_bits(y[0], y[1]);
+      const __nv_bfloat162 top = __floats2bfloat162_rn(y[0], y[1]);
+      const float2 f = __bfloat1622float2(top);
+      const __nv_bfloat162 rest = __floats2bfloat162_rn(y[0] - f.x, y[1] - f.y);
+      high[e] = *reinterpret_cast<const uint32_t*>(&top);
+      low[e] = *reinterpret_cast<const uint32_t*>(&rest);
+    }
+    *reinterpret_cast<uint4*>(shared + M::T + at64(r, u)) = make_uint4(t[0], t[1], t[2], t[3]);
+    *reinterpret_cast<uint4*>(shared + M::T_high + at64(r, u)) = make_uint4(high[0], high[1], high[2], high[3]);
+    *reinterpret_cast<uint4*>(shared + M::T_low + at64(r, u)) = make_uint4(low[0], low[1], low[2], low[3]);
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+
+  // ---- W = -T K^: 32 channels and two of the four tiles of 16 tokens for each warp
+  const uint32_t keys_base = shared_address(keys);
+  if ((w & 3) < K / 32) {
+    const int slice = w & 3;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = half ? 3 - (w >> 2) : (w >> 2);
+      float c[4][4] = {};
+      for (int s = 0; s <= m; ++s) {
+        uint32_t t[4], b[4];
+        ldmatrix(t, base + M::T + at64(16 * m + (lane & 15), 2 * s + (lane >> 4)));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          ldmatrix_t(b, keys_base + at<K>(16 * s + (lane & 15), slice * 4 + 2 * j + (lane >> 4)));
+          mma(c[2 * j], t, b[0], b[1]);
+          mma(c[2 * j + 1], t, b[2], b[3]);
+        }
+      }
+      char* const to = record + Record<K>::w + ((2 * m * (K / 32) + slice) * 32 + lane) * 16;
+      *reinterpret_cast<uint4*>(to) = make_uint4(half2_bits(-c[0][0], -c[0][1]), half2_bits(-c[1][0], -c[1][1]),
+                                                 half2_bits(-c[2][0], -c[2][1]), half2_bits(-c[3][0], -c[3][1]));
+      *reinterpret_cast<uint4*>(to + (K / 32) * 512) =
+          make_uint4(half2_bits(-c[0][2], -c[0][3]), half2_bits(-c[1][2], -c[1][3]), half2_bits(-c[2][2], -c[2][3]),
+                     half2_bits(-c[3][2], -c[3][3]));
+    }
+  }
+  // ---- U0 = T v, transposed: 16 values for each warp
+  if (w < V / 16) {
+    float c[8][4] = {};
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint32_t v[4];
+      const int r = 16 * s + (lane & 7) + ((lane >> 4) << 3), u = 2 * w + ((lane >> 3) & 1);
+      ldmatrix_t(v, base + M::v + r * V * 2 + ((u ^ (r & 7)) * 16));
+#pragma unroll
+      for (int j = 2 * s; j < 8; j += 2) {  // tokens 8 j .. 8 j + 15
+        uint32_t b[4];
+        const int row = 8 * j + (lane & 7) + ((lane >> 4) << 3), col = 2 * s + ((lane >> 3) & 1);
+        ldmatrix(b, base + M::T_high + at64(row, col));
+        mma_bf16(c[j], v, b[0], b[1]);
+        mma_bf16(c[j + 1], v, b[2], b[3]);
+        ldmatrix(b, base + M::T_low + at64(row, col));
+        mma_bf16(c[j], v, b[0], b[1]);
+        mma_bf16(c[j + 1], v, b[2], b[3]);
+      }
+    }
+    // A power of two brings the largest of them to 2^10 .. 2^11: fp16 then holds any range of v.
+    float most = 0;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) most = fmaxf(most, fabsf(c[j][e]));
+#pragma unroll
+    for (int m = 16; m; m /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, m));
+    const int exponent = most > 0 ? max(int(__float_as_uint(most) >> 23) - 127, -100) : 0;
+    const float scale = __uint_as_float(uint32_t(127 + 10 - exponent) << 23);
+    char* const to = record + Record<K>::u + (w * 4 * 32 + lane) * 16;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      *reinterpret_cast<uint4*>(to + j * 512) =
+          make_uint4(half2_bits(c[2 * j][0] * scale, c[2 * j][1] * scale), half2_bits(c[2 * j][2] * scale, c[2 * j][3] * scale),
+                     half2_bits(c[2 * j + 1][0] * scale, c[2 * j + 1][1] * scale),
+                     half2_bits(c[2 * j + 1][2] * scale, c[2 * j + 1][3] * scale));
+    if (lane == 0)
+      reinterpret_cast<float*>(record + Record<K>::scale(V))[w] = __uint_as_float(uint32_t(127 - 10 + exponent) << 23);
+  }
+}
+
+}  // namespace
+
+int64_t prepare_shared_bytes(int64_t K) { return K == 128 ? Layout<128>::bytes : Layout<64>::bytes; }
+
+template <int K>
+void prepare_chunks(const Args& a, cudaStream_t stream) {
+  constexpr int bytes = Layout<K>::bytes;
+  allow_shared(prepare_kernel<K>, bytes);
+  prepare_kernel<K><<<dim3(unsigned(a.to - a.from), unsigned(a.H)), kThreads, bytes, stream>>>(a);
+  check_launch("kda_prefill: chunks");
+}
+template void prepare_chunks<64>(const Args&, cudaStream_t);
+template void prepare_chunks<128>(const Args&, cudaStream_t);
+
+}  // namespace kda::cuda::prefill

@@ -1,0 +1,404 @@
+// The part of the chunked forward pass that goes from chunk to chunk. A warp keeps 16 rows of a state in registers, as
+// the accumulators of its update; rounded to fp16 they are the A operand of the products with W and Q^, and what those
+// give is the A operand of the next: nothing of a step goes through shared memory but what the chunk brings.
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/kda_prefill.cuh"
+
+namespace kda::cuda::prefill {
+namespace {
+
+constexpr int kWarps = 4;
+
+// Bytes of a chunk that one block needs, and of all of its stages. u: the block's rows of U0 and their scales.
+template <int K, bool summary>
+struct Stage {
+  static constexpr int common = summary ? int(Record<K>::summary) : int(Record<K>::u);
+  static constexpr int u = common, scale = u + kWarps * 2048, bytes = (scale + kWarps * 4 + 127) / 128 * 128;
+};
+template <int K, bool summary>
+constexpr int shared_bytes(int stages) {
+  return Stage<K, summary>::bytes * stages + 128;
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ inline void barrier_init(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
+          barrier),
+      "r"(parity)
+      : "memory");
+}
+__device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+      "r"(bytes), "r"(barrier)
+      : "memory");
+}
+#endif
+
+__device__ inline uint32_t transposed(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ inline uint32_t bf16_bits(float x, float y) {
+  const __nv_bfloat162 h = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+__device__ inline __half2 as_half2(uint32_t x) { return *reinterpret_cast<const __half2*>(&x); }
+
+// 2^-(the exponent of x), so that x becomes 1 .. 2
+__device__ inline float inverse_power(float x) {
+  const int e = min(max(int(__float_as_uint(x) >> 23) - 127, -100), 100);
+  return __uint_as_float(uint32_t(127 - e) << 23);
+}
+
+// One block: kWarps * 16 rows of a state, one head, one sequence or segment of one.
+// summary: no outputs; rows from V on are the identity's and take no part in v.
+template <int K, bool summary>
+__global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, const int stages) {
+  using G = Stage<K, summary>;
+  using R = Record<K>;
+  constexpr int NT = K / 8;  // tiles of 8 channels
+  extern __shared__ __align__(128) char shared[];
+  const int tid = int(threadIdx.x), w = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3;
+  const int V = a.V, H = a.H, h = int(blockIdx.y), row0 = int(blockIdx.x) * kWarps * 16 + w * 16;
+  const int n = a.first + int(blockIdx.z) / a.segments, segment = int(blockIdx.z) % a.segments;
+  const Range range = range_of(a, n);
+  const bool identity = summary && row0 >= V;
+
+  // This segment's chunks. A sequence without tokens hands its state on.
+  const int64_t length = (range.to - range.from + a.segments - 1) / a.segments;
+  const int64_t from = min(range.from + segment * length, range.to), to = min(from + length, range.to);
+  const bool empty = from >= to;
+  if (summary ? empty || (identity && segment == 0) || segment == a.segments - 1
+              : empty && !(segment == 0 && range.chunks == 0))
+    return;
+  const int count = empty ? 0 : int(to - from);
+  const int64_t bytes = R::bytes(V), stride = H * bytes;
+  const char* const records = a.records + ((range.record + from - range.from) * H + h) * bytes;
+  const int32_t token_start = a.start[n], tokens = a.start[n + 1] - token_start;
+
+  // ---- chunks come through `stages` buffers
+  const uint32_t base = shared_address(shared);
+#if __CUDA_ARCH__ >= 900
+  __shared__ __align__(8) uint64_t barriers[4];
+  if (tid == 0) {
+    for (int s = 0; s < stages; ++s) barrier_init(shared_address(barriers + s));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+#endif
+  const auto fetch = [&](int chunk) {
+    const int s = chunk % stages;
+    const uint32_t into = base + s * G::bytes;
+    const char* const r = records + chunk * stride;
+    const char* const u = r + R::u + int64_t(blockIdx.x) * kWarps * 2048;
+    const char* const scale = r + R::scale(V) + blockIdx.x * kWarps * 4;
+#if __CUDA_ARCH__ >= 900
+    if (tid == 0 && chunk < count) {
+      const uint32_t barrier = shared_address(barriers + s);
+      barrier_expect(barrier, G::common + (identity ? 0 : kWarps * 2048 + kWarps * 4));
+      copy_bulk(into, r, G::common, barrier);
+      if (!identity) {
+        copy_bulk(into + G::u, u, kWarps * 2048, barrier);
+        copy_bulk(into + G::scale, scale, kWarps * 4, barrier);
+      }
+    }
+#else
+    if (chunk < count) {
+      for (int i = tid * 16; i < G::common; i += kWarps * 32 * 16) copy_async(into + i, r + i);
+      if (!identity) {
+        for (int i = tid * 16; i < kWarps * 2048; i += kWarps * 32 * 16) copy_async(into + G::u + i, u + i);
+        if (tid == 0) copy_async(into + G::scale, scale);
+      }
+    }
+    copy_async_commit();
+#endif
+  };
+  for (int i = 0; i < stages - 1; ++i) fetch(i);
+
+  // ---- the state to start from
+  float S[NT][4];
+  {
+    const float* source = nullptr;
+    if (!identity) {
+      if (segment > 0) {
+        if (!summary)
+          source = a.summaries + ((int64_t(n - a.first) * (a.segments - 1) + segment - 1) * H + h) * (V + K) * K;
+      } else if (range.from > 0) {
+        source = a.carry_in + int64_t(h) * V * K;
+      } else if (a.in[n] >= 0) {
+        source = a.state + (int64_t(a.in[n]) * H + h) * V * K;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = row0 + g + 8 * half, c = 8 * j + 2 * tq;
+        float2 x = make_float2(0, 0);
+        if (source) x = *reinterpret_cast<const float2*>(source + int64_t(r) * K + c);
+        if (identity) x = make_float2(r - V == c ? 1.0f : 0.0f, r - V == c + 1 ? 1.0f : 0.0f);
+        S[j][2 * half] = x.x, S[j][2 * half + 1] = x.y;
+      }
+  }
+  float power = 1;  // S holds the state times this power of two, so that fp16 can hold it
+  const auto store = [&](float* at) {
+    const float back = 1.0f / power;
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<float2*>(at + int64_t(row0 + g + 8 * half) * K + 8 * j + 2 * tq) =
+            make_float2(S[j][2 * half] * back, S[j][2 * half + 1] * back);
+  };
+  int mark = 0;
+  if (!summary)
+    while (mark < a.marks_n && (a.marks[mark].sequence < n ||
+                                (a.marks[mark].sequence == n && a.marks[mark].tokens <= from * kChunk)))
+      ++mark;
+  const float root = rsqrtf(float(K));
+
+  for (int i = 0; i < count; ++i) {
+    const int s = i % stages;
+    fetch(i + stages - 1);  // into the buffer of the step before, which everyone is through with
+#if __CUDA_ARCH__ >= 900
+    barrier_wait(shared_address(barriers + s), uint32_t(i / stages) & 1);
+#else
+    if (stages == 3) copy_async_wait<2>();
+    else copy_async_wait<1>();
+    __syncthreads();
+#endif
+    const char* const buffer = shared + s * G::bytes;
+    const uint32_t buffer_address = base + s * G::bytes;
+
+    // ---- S as the A operand
+    uint32_t A[NT][2];
+    const auto rounded = [&] {
+      __half2 most = __float2half2_rn(0.0f);
+#pragma unroll
+      for (int j = 0; j < NT; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          A[j][e] = half2_bits(S[j][2 * e], S[j][2 * e + 1]);
+          most = __hmax2(most, __habs2(as_half2(A[j][e])));
+        }
+      return fmaxf(__low2float(most), __high2float(most));
+    };
+    const float unscale = identity ? 0.0f : reinterpret_cast<const float*>(buffer + G::scale)[w];
+    {
+      const float most = rounded(), u_most = unscale * 0x1p11f * power;
+      // |W| <= 2 in length, so |W S| <= 2 sqrt(K) max |S|: with these limits no U passes 65504.
+      if (__any_sync(~0u, most > 0x1p10f || u_most > 0x1p14f) || !__any_sync(~0u, fmaxf(most, u_most) >= 0x1p-3f)) {
+        float top = u_most;
+#pragma unroll
+        for (int j = 0; j < NT; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(S[j][e]));
+#pragma unroll
+        for (int m = 16; m; m /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
+        const float by = inverse_power(top) * 0x1p6f;
+        if (top > 0 && (by < 1 || power < 0x1p40f)) {
+          power *= by;
+#pragma unroll
+          for (int j = 0; j < NT; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) S[j][e] *= by;
+          rounded();
+        }
+      }
+    }
+    const auto a_of = [&](uint32_t (&x)[4], int step) {
+      x[0] = A[2 * step][0], x[1] = A[2 * step][1], x[2] = A[2 * step + 1][0], x[3] = A[2 * step + 1][1];
+    };
+
+    // ---- U = U0 - S W^T, transposed: rows of v, columns of tokens
+    uint32_t U[8][2];
+    {
+      float u[8][4];
+      const float by = unscale * power;
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        uint4 bits = make_uint4(0, 0, 0, 0);
+        if (!identity) bits = *reinterpret_cast<const uint4*>(buffer + G::u + ((w * 4 + x) * 32 + lane) * 16);
+        const float2 p0 = half2_floats(bits.x), p1 = half2_floats(bits.y), p2 = half2_floats(bits.z),
+                     p3 = half2_floats(bits.w);
+        u[2 * x][0] = p0.x * by, u[2 * x][1] = p0.y * by, u[2 * x][2] = p1.x * by, u[2 * x][3] = p1.y * by;
+        u[2 * x + 1][0] = p2.x * by, u[2 * x + 1][1] = p2.y * by, u[2 * x + 1][2] = p3.x * by;
+        u[2 * x + 1][3] = p3.y * by;
+      }
+#pragma unroll
+      for (int p = 0; p < K / 32; ++p) {
+        uint32_t a0[4], a1[4];
+        a_of(a0, 2 * p), a_of(a1, 2 * p + 1);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const uint4 b = *reinterpret_cast<const uint4*>(buffer + R::w + ((j * (K / 32) + p) * 32 + lane) * 16);
+          mma(u[j], a0, b.x, b.y);
+          mma(u[j], a1, b.z, b.w);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) U[j][0] = half2_bits(u[j][0], u[j][1]), U[j][1] = half2_bits(u[j][2], u[j][3]);
+    }
+    const auto u_of = [&](uint32_t (&x)[4], int step) {
+      x[0] = U[2 * step][0], x[1] = U[2 * step][1], x[2] = U[2 * step + 1][0], x[3] = U[2 * step + 1][1];
+    };
+
+    // ---- S = S diag(E) + U^T K'
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      const float2 e = *reinterpret_cast<const float2*>(buffer + R::e + (8 * j + 2 * tq) * 4);
+      S[j][0] *= e.x, S[j][1] *= e.y, S[j][2] *= e.x, S[j][3] *= e.y;
+    }
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t u[4];
+      u_of(u, step);
+#pragma unroll
+      for (int j = 0; j < NT; j += 2) {
+        const int r = 16 * step + (lane & 15), unit = j + (lane >> 4);
+        uint32_t b[4];
+        ldmatrix_t(b, buffer_address + uint32_t(R::k) + r * (K * 2) + ((unit ^ (r & 7)) * 16));
+        mma(S[j], u, b[0], b[1]);
+        mma(S[j + 1], u, b[2], b[3]);
+      }
+    }
+
+    // ---- O = s (S Q^T + U^T P^T), transposed like U
+    if constexpr (!summary) {
+      const float by = root / power;
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        float o[4][4] = {};
+#pragma unroll
+        for (int p = 0; p < K / 32; ++p) {
+          uint32_t a0[4], a1[4];
+          a_of(a0, 2 * p), a_of(a1, 2 * p + 1);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int r = 8 * (4 * part + j) + (lane & 7), unit = 4 * p + (lane >> 3);
+            uint32_t b[4];
+            ldmatrix(b, buffer_address + uint32_t(R::q) + r * (K * 2) + ((unit ^ (r & 7)) * 16));
+            mma(o[j], a0, b[0], b[1]);
+            mma(o[j], a1, b[2], b[3]);
+          }
+        }
+#pragma unroll
+        for (int p = 0; p <= part; ++p) {
+          uint32_t u0[4], u1[4];
+          u_of(u0, 2 * p), u_of(u1, 2 * p + 1);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const uint4 b =
+                *reinterpret_cast<const uint4*>(buffer + R::p + (((4 * part + j) * 2 + p) * 32 + lane) * 16);
+            mma(o[j], u0, b.x, b.y);
+            if (p < part || j >= 2) mma(o[j], u1, b.z, b.w);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t low = transposed(bf16_bits(o[j][0] * by, o[j][1] * by)),
+                         high = transposed(bf16_bits(o[j][2] * by, o[j][3] * by));
+          const int64_t t = (from + i) * kChunk + 8 * (4 * part + j) + g;
+          if (t < tokens) {
+            __nv_bfloat16* const to_o = a.o + ((token_start + t) * H + h) * V + row0 + 2 * tq;
+            *reinterpret_cast<uint32_t*>(to_o) = low;
+            *reinterpret_cast<uint32_t*>(to_o + 8) = high;
+          }
+        }
+      }
+      if (mark < a.marks_n && a.marks[mark].sequence == n && a.marks[mark].tokens == (from + i + 1) * kChunk) {
+        store(a.state + (int64_t(a.marks[mark].slot) * H + h) * V * K);
+        ++mark;
+      }
+    }
+    __syncthreads();
+  }
+
+  if constexpr (summary) {
+    store(a.summaries + ((int64_t(n - a.first) * (a.segments - 1) + segment) * H + h) * (V + K) * K);
+  } else if (to == range.to || range.chunks == 0) {
+    if (range.to < range.chunks) store(a.carry_out + int64_t(h) * V * K);
+    else if (a.out[n] >= 0) store(a.state + (int64_t(a.out[n]) * H + h) * V * K);
+  }
+}
+
+// The state after each segment but the last, in the place of what the segment adds: S(g+1) = S(g) Phi(g) + Gamma(g).
+// One block: 16 rows of one head and sequence.
+template <int K>
+__global__ void __launch_bounds__(K * 2) combine_kernel(const Args a) {
+  __shared__ __align__(16) float state[2][16][K];
+  const int n = a.first + int(blockIdx.z), h = int(blockIdx.y), V = a.V;
+  const int c = int(threadIdx.x) % K, part = int(threadIdx.x) / K, row0 = int(blockIdx.x) * 16 + part * 8;
+  const Range range = range_of(a, n);
+  const int64_t length = (range.to - range.from + a.segments - 1) / a.segments, size = int64_t(V + K) * K;
+  float* at = a.summaries + (int64_t(n - a.first) * (a.segments - 1) * a.H + h) * size;
+  const auto row = [&](int r) { return int64_t(row0 + r) * K + c; };
+  for (int r = 0; r < 8; ++r) state[0][part * 8 + r][c] = at[row(r)];
+  __syncthreads();
+  int now = 0;
+  for (int segment = 1; segment < a.segments - 1 && range.from + segment * length < range.to; ++segment) {
+    at += a.H * size;
+    const float* const phi = at + int64_t(V) * K + c;
+    float sum[8];
+#pragma unroll
+    for (int r = 0; r < 8; ++r) sum[r] = at[row(r)];
+    for (int x0 = 0; x0 < K; x0 += 32) {
+      float p[32];
+#pragma unroll
+      for (int x = 0; x < 32; ++x) p[x] = phi[int64_t(x0 + x) * K];
+#pragma unroll
+      for (int x = 0; x < 32; x += 4)
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+          const float4 s = *reinterpret_cast<const float4*>(&state[now][part * 8 + r][x0 + x]);
+          sum[r] += s.x * p[x] + s.y * p[x + 1] + s.z * p[x + 2] + s.w * p[x + 3];
+        }
+    }
+    now ^= 1;
+#pragma unroll
+    for (int r = 0; r < 8; ++r) at[row(r)] = state[now][part * 8 + r][c] = sum[r];
+    __syncthreads();
+  }
+}
+
+template <int K, bool summary>
+void scan(const Args& a, int slices, cudaStream_t stream) {
+  int device = 0, most = 0;
+  KDA_CUDA(cudaGetDevice(&device));
+  KDA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const int stages = shared_bytes<K, summary>(3) <= most ? 3 : 2, shared = shared_bytes<K, summary>(stages);
+  allow_shared(scan_kernel<K, summary>, shared);
+  scan_kernel<K, summary><<<dim3(unsigned(slices), unsigned(a.H), unsigned((a.last - a.first + 1) * a.segments)),
+                            kWarps * 32, shared, stream>>>(a, stages);
+  check_launch("kda_prefill: scan");
+}
+
+}  // namespace
+
+int64_t scan_shared_bytes(int64_t K) { return K == 128 ? shared_bytes<128, false>(2) : shared_bytes<64, false>(2); }
+
+template <int K>
+void scan_chunks(const Args& a, cudaStream_t stream) {
+  scan<K, false>(a, a.V / (kWarps * 16), stream);
+}
+template <int K>
+void summarise_segments(const Args& a, cudaStream_t stream) {
+  scan<K, true>(a, (a.V + K) / (kWarps * 16), stream);
+  combine_kernel<K><<<dim3(unsigned(a.V / 16), unsigned(a.H), unsigned(a.last - a.first + 1)), K * 2, 0, stream>>>(a);
+  check_launch("kda_prefill: segments");
+}
+template void scan_chunks<64>(const Args&, cudaStream_t);
+template void scan_chunks<128>(const Args&, cudaStream_t);
+template void summarise_segments<64>(const Args&, cudaStream_t);
+template void summarise_segments<128>(const Args&, cudaStream_t);
+
+}  // namespace kda::cuda::prefill

@@ -12,7 +12,8 @@ namespace {
 
 enum class Gate { ordinary, strong, weak, mixed, extreme, saturated };
 
-// o is rounded to bf16: 1.7e-3. Operands of the chunked form are fp16: 1.4e-4 for each of the four or five in a product.
+// o is rounded to bf16: 1.7e-3. Operands of the chunked form are fp16: 1.4e-4 for each of the four or five in a
+// product.
 constexpr double kOutput = 2.2e-3, kState = 1e-3;
 // Token by token nothing is rounded but o.
 constexpr double kGeneralState = 2e-5;

@@ -33,13 +33,16 @@ void run(Context& ctx, prefill::Args a, std::span<const int32_t> start, const Pr
       int64_t low = 0, high = N - 1;
       while (low < high) {
         const int64_t mid = (low + high + 1) / 2;
-        if (prefill::first_slot(start[size_t(mid)], mid) <= slot) low = mid;
-        else high = mid - 1;
+        if (prefill::first_slot(start[size_t(mid)], mid) <= slot)
+          low = mid;
+        else
+          high = mid - 1;
       }
       return int32_t(low);
     };
     a.first = sequence(a.from), a.last = sequence(a.to - 1);
-    a.carry_in = reinterpret_cast<float*>(carry[pass & 1]), a.carry_out = reinterpret_cast<float*>(carry[1 - (pass & 1)]);
+    a.carry_in = reinterpret_cast<float*>(carry[pass & 1]),
+    a.carry_out = reinterpret_cast<float*>(carry[1 - (pass & 1)]);
     prefill::prepare_chunks<K>(a, stream_of(ctx));
     if (a.segments > 1) prefill::summarise_segments<K>(a, stream_of(ctx));
     prefill::scan_chunks<K>(a, stream_of(ctx));
@@ -52,8 +55,8 @@ PrefillPlan plan_prefill(int sms, int64_t shared_bytes, int64_t T, int64_t N, in
                          int64_t V) {
   PrefillPlan p;
   const auto fits = [](int64_t x) { return x == 64 || x == 128; };
-  p.chunked = fits(K) && fits(V) &&
-              shared_bytes >= std::max(prefill::prepare_shared_bytes(K), prefill::scan_shared_bytes(K));
+  p.chunked =
+      fits(K) && fits(V) && shared_bytes >= std::max(prefill::prepare_shared_bytes(K), prefill::scan_shared_bytes(K));
   if (!p.chunked) return p;
   const int64_t slots = T / prefill::kChunk + N;
   p.pass_chunks = std::clamp<int64_t>(kPassBytes / (H * record_bytes(K, V)), 1, std::max<int64_t>(slots, 1));
@@ -103,16 +106,19 @@ void kda_prefill_as(Context& ctx, const KdaPrefill& a, const PrefillPlan& plan) 
   char* carry[2] = {work, work + carry_bytes(H, K, V)};
   p.summaries = reinterpret_cast<float*>(work + 2 * carry_bytes(H, K, V));
   p.records = work + 2 * carry_bytes(H, K, V) + summary_bytes(plan, N, H, K, V);
-  if (K == 128) run<128>(ctx, p, a.packing.host_start, plan, carry);
-  else run<64>(ctx, p, a.packing.host_start, plan, carry);
+  if (K == 128)
+    run<128>(ctx, p, a.packing.host_start, plan, carry);
+  else
+    run<64>(ctx, p, a.packing.host_start, plan, carry);
 }
 
 void kda_prefill(Context& ctx, const KdaPrefill& a) {
   const Device& d = device_of(ctx);
   const int64_t N = a.packing.N();
   if (N == 0) return;
-  kda_prefill_as(ctx, a, plan_prefill(d.sms, d.shared_bytes, a.q.dim(0), N, a.packing.longest(), a.q.dim(1), a.q.dim(2),
-                                      a.v.dim(2)));
+  kda_prefill_as(
+      ctx, a,
+      plan_prefill(d.sms, d.shared_bytes, a.q.dim(0), N, a.packing.longest(), a.q.dim(1), a.q.dim(2), a.v.dim(2)));
 }
 
 }  // namespace kda::cuda

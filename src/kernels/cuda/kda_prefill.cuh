@@ -76,10 +76,9 @@ __device__ inline void ldmatrix_t(uint32_t (&r)[4], uint32_t address) {
 
 // c[16,8] += a[16,16] b[16,8], fp32 sums
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
@@ -92,7 +91,9 @@ __device__ inline uint32_t half2_bits(float x, float y) {
   const __half2 h = __floats2half2_rn(x, y);
   return *reinterpret_cast<const uint32_t*>(&h);
 }
-__device__ inline float2 half2_floats(uint32_t bits) { return __half22float2(*reinterpret_cast<const __half2*>(&bits)); }
+__device__ inline float2 half2_floats(uint32_t bits) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
 
 __device__ inline float exp2_fast(float x) {
   float y;
@@ -123,8 +124,10 @@ __device__ inline int sequence_of(const Args& a, int64_t c) {
   int low = a.first, high = a.last;
   while (low < high) {
     const int mid = (low + high + 1) / 2;
-    if (first_slot(a.start[mid], mid) <= c) low = mid;
-    else high = mid - 1;
+    if (first_slot(a.start[mid], mid) <= c)
+      low = mid;
+    else
+      high = mid - 1;
   }
   return low;
 }

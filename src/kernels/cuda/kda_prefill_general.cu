@@ -51,8 +51,10 @@ __global__ void __launch_bounds__(kRows * 32) general_kernel(const Args a, const
       for (int c = int(threadIdx.x) - 64; c < K; c += kRows * 32 - 64) {
         const float z = __bfloat162float(a.f[th * K + c]) + a.dt_bias[h * K + c];
         float g;
-        if (a.bounded) g = a.lower_bound / (1.0f + expf(-A * z));
-        else g = -A * (z > 0 ? z + log1pf(expf(-z)) : log1pf(expf(z)));
+        if (a.bounded)
+          g = a.lower_bound / (1.0f + expf(-A * z));
+        else
+          g = -A * (z > 0 ? z + log1pf(expf(-z)) : log1pf(expf(z)));
         decay[c] = expf(g);
       }
     }

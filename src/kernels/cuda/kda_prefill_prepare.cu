@@ -19,7 +19,7 @@ struct Layout {
   static constexpr int v = T_low + 64 * 128, solve = v + 64 * 256;
   static constexpr int keys = 3 * level > solve ? 3 * level : solve, L = keys + 64 * row, P = L + 64 * 64 * 4;
   static constexpr int beta = P + 64 * 64 * 2, bytes = beta + 64 * 4;
-  };
+};
 __device__ inline float shuffled(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 __device__ inline __half2 shuffled(__half2 x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
@@ -69,8 +69,10 @@ struct Channels {
     return y;
   }
   __device__ void store(char* to) const {
-    if constexpr (C == 4) *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(x);
-    else *reinterpret_cast<__half2*>(to) = x[0];
+    if constexpr (C == 4)
+      *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(x);
+    else
+      *reinterpret_cast<__half2*>(to) = x[0];
   }
 };
 
@@ -146,9 +148,9 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
   using M = Layout<K>;
   constexpr int C = K / 32;  // channels of a lane
   extern __shared__ __align__(1024) char shared[];
-  char* const keys = shared + M::keys ;
+  char* const keys = shared + M::keys;
   float* const L = reinterpret_cast<float*>(shared + M::L);
-  char* const P = shared + M::P ;
+  char* const P = shared + M::P;
   float* const beta = reinterpret_cast<float*>(shared + M::beta);
   float* const sums = L;  // [8][K] until the scores come
 
@@ -214,8 +216,10 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
         }
     };
     // Tokens beyond the sequence's end leave a state alone.
-    if (a.bounded) decays([&](float z, bool there) { return bounded_log2(z, A, there ? a.lower_bound : 0.0f); });
-    else decays([&](float z, bool there) { return softplus_log2(z, there ? A : 0.0f); });
+    if (a.bounded)
+      decays([&](float z, bool there) { return bounded_log2(z, A, there ? a.lower_bound : 0.0f); });
+    else
+      decays([&](float z, bool there) { return softplus_log2(z, there ? A : 0.0f); });
 #pragma unroll
     for (int c = 0; c < C; ++c) sums[w * K + ch + c] = sum[c];
   }
@@ -227,11 +231,11 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
     Channels<C> f16, f32, before, behind;
     {
       float s16[C] = {}, s32[C] = {}, start[C] = {}, end[C] = {};
-      const auto block = [&](float (&x)[C], int j) {
+      const auto block = [&](float(&x)[C], int j) {
 #pragma unroll
         for (int c = 0; c < C; ++c) x[c] = sums[j * K + ch + c];
       };
-      const auto add = [&](float (&to)[C], const float (&x)[C]) {
+      const auto add = [&](float(&to)[C], const float(&x)[C]) {
 #pragma unroll
         for (int c = 0; c < C; ++c) to[c] += x[c];
       };
@@ -258,7 +262,8 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
       }
 #pragma unroll
       for (int c = 0; c < C; ++c)
-        s16[c] = exp2_fast(s16[c]), s32[c] = exp2_fast(s32[c]), start[c] = exp2_fast(start[c]), end[c] = exp2_fast(end[c]);
+        s16[c] = exp2_fast(s16[c]), s32[c] = exp2_fast(s32[c]), start[c] = exp2_fast(start[c]),
+        end[c] = exp2_fast(end[c]);
       f16.set(s16, 1), f32.set(s32, 1), before.set(start, 1), behind.set(end, 1);
     }
     const int unit = ch / 8, byte = (ch % 8) * 2;
@@ -270,7 +275,8 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
       const int row = at<K>(8 * w + t, unit) + byte, q8 = at<K>(64 + 8 * (w >> 1) + t, unit) + byte;
-      const int q16 = at<K>(64 + 8 * ((w >> 2) * 2 + (w & 1)) + t, unit) + byte, q32 = at<K>(64 + 8 * (w & 3) + t, unit) + byte;
+      const int q16 = at<K>(64 + 8 * ((w >> 2) * 2 + (w & 1)) + t, unit) + byte,
+                q32 = at<K>(64 + 8 * (w & 3) + t, unit) + byte;
 #pragma unroll
       for (int c = 0; c < C; ++c) p[c] *= d[t][c];
       ph.set(p, 1);
@@ -335,7 +341,9 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
 
   // ---- scores: L times beta of its row, P
   const int g = lane >> 2, tq = lane & 3;
-  const auto p_at = [&](int t, int i) -> __half& { return *reinterpret_cast<__half*>(P + at64(t, i / 8) + (i % 8) * 2); };
+  const auto p_at = [&](int t, int i) -> __half& {
+    return *reinterpret_cast<__half*>(P + at64(t, i / 8) + (i % 8) * 2);
+  };
   if (lane < 28) {
     int i = 0, t = lane;
 #pragma unroll
@@ -351,11 +359,15 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
   }
   const uint32_t base = shared_address(shared);
   // Rows t, t+8 and columns i, i+1 of a tile
-  const auto put = [&](const float (&c)[4], int t, int t8, int i, bool is_q, bool is_q8) {
-    if (is_q) *reinterpret_cast<uint32_t*>(P + at64(t, i / 8) + (i % 8) * 2) = half2_bits(c[0], c[1]);
-    else *reinterpret_cast<float2*>(L + at_f(t, i)) = make_float2(beta[t] * c[0], beta[t] * c[1]);
-    if (is_q8) *reinterpret_cast<uint32_t*>(P + at64(t8, i / 8) + (i % 8) * 2) = half2_bits(c[2], c[3]);
-    else *reinterpret_cast<float2*>(L + at_f(t8, i)) = make_float2(beta[t8] * c[2], beta[t8] * c[3]);
+  const auto put = [&](const float(&c)[4], int t, int t8, int i, bool is_q, bool is_q8) {
+    if (is_q)
+      *reinterpret_cast<uint32_t*>(P + at64(t, i / 8) + (i % 8) * 2) = half2_bits(c[0], c[1]);
+    else
+      *reinterpret_cast<float2*>(L + at_f(t, i)) = make_float2(beta[t] * c[0], beta[t] * c[1]);
+    if (is_q8)
+      *reinterpret_cast<uint32_t*>(P + at64(t8, i / 8) + (i % 8) * 2) = half2_bits(c[2], c[3]);
+    else
+      *reinterpret_cast<float2*>(L + at_f(t8, i)) = make_float2(beta[t8] * c[2], beta[t8] * c[3]);
   };
   {
     float c[4];
@@ -373,7 +385,8 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
     {  // 16 apart: two squares
       const int square = w >> 2, col = 32 * square + 8 * (w & 1), t = 32 * square + 16 + g;
       const bool is_q = w & 2;
-      score_tile<K>(c, base + M::level, (is_q ? 64 + 16 * square : 32 * square + 16) + (lane & 15), col + (lane & 7), lane);
+      score_tile<K>(c, base + M::level, (is_q ? 64 + 16 * square : 32 * square + 16) + (lane & 15), col + (lane & 7),
+                    lane);
       put(c, t, t + 8, col + 2 * tq, is_q, is_q);
     }
     if (w < 4) {  // 8 apart: four squares, k above q in one tile
@@ -554,10 +567,10 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
     char* const to = record + Record<K>::u + (w * 4 * 32 + lane) * 16;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      *reinterpret_cast<uint4*>(to + j * 512) =
-          make_uint4(half2_bits(c[2 * j][0] * scale, c[2 * j][1] * scale), half2_bits(c[2 * j][2] * scale, c[2 * j][3] * scale),
-                     half2_bits(c[2 * j + 1][0] * scale, c[2 * j + 1][1] * scale),
-                     half2_bits(c[2 * j + 1][2] * scale, c[2 * j + 1][3] * scale));
+      *reinterpret_cast<uint4*>(to + j * 512) = make_uint4(
+          half2_bits(c[2 * j][0] * scale, c[2 * j][1] * scale), half2_bits(c[2 * j][2] * scale, c[2 * j][3] * scale),
+          half2_bits(c[2 * j + 1][0] * scale, c[2 * j + 1][1] * scale),
+          half2_bits(c[2 * j + 1][2] * scale, c[2 * j + 1][3] * scale));
     if (lane == 0)
       reinterpret_cast<float*>(record + Record<K>::scale(V))[w] = __uint_as_float(uint32_t(127 - 10 + exponent) << 23);
   }

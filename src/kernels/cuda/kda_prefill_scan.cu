@@ -29,16 +29,15 @@ __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
 }
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(
-          barrier),
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::
+          "r"(barrier),
       "r"(parity)
       : "memory");
 }
 __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-      "r"(bytes), "r"(barrier)
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 #endif
 
@@ -161,8 +160,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
   };
   int mark = 0;
   if (!summary)
-    while (mark < a.marks_n && (a.marks[mark].sequence < n ||
-                                (a.marks[mark].sequence == n && a.marks[mark].tokens <= from * kChunk)))
+    while (mark < a.marks_n &&
+           (a.marks[mark].sequence < n || (a.marks[mark].sequence == n && a.marks[mark].tokens <= from * kChunk)))
       ++mark;
   const float root = rsqrtf(float(K));
 
@@ -172,8 +171,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 #if __CUDA_ARCH__ >= 900
     barrier_wait(shared_address(barriers + s), uint32_t(i / stages) & 1);
 #else
-    if (stages == 3) copy_async_wait<2>();
-    else copy_async_wait<1>();
+    if (stages == 3)
+      copy_async_wait<2>();
+    else
+      copy_async_wait<1>();
     __syncthreads();
 #endif
     const char* const buffer = shared + s * G::bytes;
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
         }
       }
     }
-    const auto a_of = [&](uint32_t (&x)[4], int step) {
+    const auto a_of = [&](uint32_t(&x)[4], int step) {
       x[0] = A[2 * step][0], x[1] = A[2 * step][1], x[2] = A[2 * step + 1][0], x[3] = A[2 * step + 1][1];
     };
 
@@ -248,7 +249,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 #pragma unroll
       for (int j = 0; j < 8; ++j) U[j][0] = half2_bits(u[j][0], u[j][1]), U[j][1] = half2_bits(u[j][2], u[j][3]);
     }
-    const auto u_of = [&](uint32_t (&x)[4], int step) {
+    const auto u_of = [&](uint32_t(&x)[4], int step) {
       x[0] = U[2 * step][0], x[1] = U[2 * step][1], x[2] = U[2 * step + 1][0], x[3] = U[2 * step + 1][1];
     };
 
@@ -326,8 +327,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
   if constexpr (summary) {
     store(a.summaries + ((int64_t(n - a.first) * (a.segments - 1) + segment) * H + h) * (V + K) * K);
   } else if (to == range.to || range.chunks == 0) {
-    if (range.to < range.chunks) store(a.carry_out + int64_t(h) * V * K);
-    else if (a.out[n] >= 0) store(a.state + (int64_t(a.out[n]) * H + h) * V * K);
+    if (range.to < range.chunks)
+      store(a.carry_out + int64_t(h) * V * K);
+    else if (a.out[n] >= 0)
+      store(a.state + (int64_t(a.out[n]) * H + h) * V * K);
   }
 }
 

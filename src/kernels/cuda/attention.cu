@@ -1,9 +1,9 @@
 // kernels/cuda/attention.cu — which kernel serves which call of kernels/attention.h.
 //
 // Heads of 64 or 128 take the tensor cores. Where no sequence has more than one new token, its keys are read by many
-// blocks beside each other as long as the scratch for that stays small, and by one block a key head otherwise; both
-// give the same bits, and the same as the kernel for prompts. The launches depend on sizes known to the host, never on
-// how long the sequences are by now.
+// blocks beside each other, or by one block a key head where there are enough of these or the scratch would be large;
+// both give the same bits, and the same as the kernel for prompts. The launches depend on sizes known to the host, never
+// on how long the sequences are by now.
 #include "kernels/attention.h"
 
 #include <algorithm>
@@ -16,7 +16,8 @@
 namespace kda::cuda {
 
 namespace {
-constexpr size_t kMostScratch = 64 << 20;
+constexpr size_t kMostScratch = 128 << 20;
+constexpr int64_t kShortCapacity = 4096;  // up to here one block of the grid may walk all keys of a head
 constexpr int kBlocksOfSm = 8;  // for single tokens: four times what an SM holds, so that uneven ones even out
 }  // namespace
 
@@ -48,7 +49,8 @@ void attention(Context& ctx, const Attention& a) {
                            .scale_log2 = float(M_LOG2E / std::sqrt(double(d)))};
   if (attention_tiled(d) && longest == 1) {
     const size_t bytes = attention_split_bytes(N, H, d, call.capacity);
-    void* scratch = call.splits > 1 && bytes <= kMostScratch ? workspace(ctx, bytes, "attention") : nullptr;
+    const bool enough = call.splits == 1 || (N * call.G >= 2 * device_of(ctx).sms && call.capacity <= kShortCapacity);
+    void* scratch = !enough && bytes <= kMostScratch ? workspace(ctx, bytes, "attention") : nullptr;
     return attention_single(ctx, call, scratch, kBlocksOfSm * device_of(ctx).sms);
   }
   attention_append(ctx, call);

@@ -2,7 +2,7 @@
 // add.
 //
 // A row (a token's query head) walks the keys in blocks of 64 counted from position 0, with a running maximum, and
-// begins anew every 512 keys; those splits are then merged in rising order. The tensor-core kernels keep to this
+// begins anew every 128 keys; those splits are then merged in rising order. The tensor-core kernels keep to this
 // whatever shares their tile: one for prompts, where a warp owns rows, and one for single tokens, where four warps
 // share a row tile's keys and channels and blocks of the grid its splits. Their rows agree in every bit, so a row
 // depends on its position and on nothing else. The general kernel, for other widths, has an order of its own.
@@ -18,7 +18,7 @@
 namespace kda::cuda {
 
 constexpr int kAttentionBlock = 64;   // keys
-constexpr int kAttentionSplit = 512;  // keys
+constexpr int kAttentionSplit = 128;  // keys
 
 struct AttentionCall {
   const __nv_bfloat16 *q, *k, *v;      // [T,H,d] [T,G,d] [T,G,d]

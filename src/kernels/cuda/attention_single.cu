@@ -1,7 +1,7 @@
 // kernels/cuda/attention_single.cu — attention of one new token a sequence over its cache.
 //
 // Bound by reading keys and values once. A block of the grid takes one key head of one sequence and some of its splits
-// of 512 keys; its query heads are the rows of one tile of 16. The four warps each score 16 of a block's 64 keys, then
+// of 128 keys; its query heads are the rows of one tile of 16. The four warps each score 16 of a block's 64 keys, then
 // each weigh all 64 values for a quarter of the channels: what is added, and in which order, is what a warp of the
 // prompt kernel does alone. The split that ends with the new token takes it from the inputs and appends it.
 #include <algorithm>
@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kThreads, 2) single_kernel(const AttentionCall
   extern __shared__ __align__(128) unsigned char raw[];
   Smem<D>& m = *reinterpret_cast<Smem<D>*>(raw);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  wait_for_previous();
   const int group = a.H / a.G, row_tiles = (group + kRows - 1) / kRows;
   const int n = blockIdx.z, g = blockIdx.y / row_tiles, row0 = blockIdx.y % row_tiles * kRows;
   const int token = a.start[n];
@@ -205,22 +206,44 @@ __global__ void __launch_bounds__(kThreads, 2) single_kernel(const AttentionCall
   }
 }
 
-// One row's splits, in rising order; a thread has two channels.
+// One row's splits, in rising order; a thread has two channels. The factors, which depend on maxima only, are found by
+// the first warp for many splits at once, so that the sums do not wait for exponentials.
 template <int D>
 __global__ void __launch_bounds__(D / 2) merge_kernel(const AttentionCall a, const Parts parts) {
-  const int n = blockIdx.y, h = blockIdx.x, token = a.start[n];
+  constexpr int kMany = 128;
+  __shared__ Merge factors[kMany];
+  __shared__ float sums[kMany];
+  wait_for_previous();
+  const int n = blockIdx.y, h = blockIdx.x, token = a.start[n], lane = threadIdx.x % 32;
   if (a.start[n + 1] == token || a.slot[n] < 0 || a.past[n] >= a.capacity) return;
   const int splits = a.past[n] / kAttentionSplit + 1;
   const int64_t at = (int64_t(n) * a.H + h) * a.splits;
   const float2* from = reinterpret_cast<const float2*>(parts.o + at * D) + threadIdx.x;
-  float most = kMinusInfinity, sum = 0;
+  float carried = kMinusInfinity, sum = 0;
   float2 o{0, 0};
-#pragma unroll 8
-  for (int s = 0; s < splits; ++s) {
-    const float2 part = from[int64_t(s) * (D / 2)], most_sum = parts.most_sum[at + s];
-    const Merge m = merge(most, most_sum.x, a.scale_log2);
-    sum = merged(sum, most_sum.y, m);
-    o = {merged(o.x, part.x, m), merged(o.y, part.y, m)};
+  for (int first = 0; first < splits; first += kMany) {
+    const int count = min(kMany, splits - first);
+    __syncthreads();
+    for (int i = lane; threadIdx.x < 32 && i - lane < count; i += 32) {
+      const float2 mine = i < count ? parts.most_sum[at + first + i] : float2{kMinusInfinity, 0};
+      float top = mine.x;  // of the splits up to this one
+      for (int k = 1; k < 32; k <<= 1) {
+        const float other = __shfl_up_sync(~0u, top, k);
+        if (lane >= k) top = fmaxf(top, other);
+      }
+      float before = __shfl_up_sync(~0u, top, 1);
+      before = lane ? fmaxf(before, carried) : carried;
+      carried = fmaxf(carried, __shfl_sync(~0u, top, 31));
+      if (i < count) factors[i] = merge(before, mine.x, a.scale_log2), sums[i] = mine.y;
+    }
+    __syncthreads();
+#pragma unroll 16
+    for (int s = 0; s < count; ++s) {
+      const float2 part = from[int64_t(first + s) * (D / 2)];
+      const Merge m = factors[s];
+      sum = merged(sum, sums[s], m);
+      o = {merged(o.x, part.x, m), merged(o.y, part.y, m)};
+    }
   }
   const float by = __frcp_rn(sum);
   reinterpret_cast<uint32_t*>(a.o + (int64_t(token) * a.H + h) * D)[threadIdx.x] =
@@ -234,14 +257,14 @@ void run(Context& ctx, const AttentionCall& a, void* scratch, int blocks) {
   const char* op = "attention of single tokens";
   if (!scratch) {
     allow_shared(single_kernel<D, true>, sizeof(Smem<D>));
-    return launch(op, ctx, grid(1), kThreads, sizeof(Smem<D>), single_kernel<D, true>, a, Parts{});
+    return launch_early(op, ctx, grid(1), kThreads, sizeof(Smem<D>), single_kernel<D, true>, a, Parts{});
   }
   float* o = static_cast<float*>(scratch);
   const Parts parts{o, reinterpret_cast<float2*>(o + int64_t(a.N) * a.H * a.splits * D)};
   allow_shared(single_kernel<D, false>, sizeof(Smem<D>));
-  launch(op, ctx, grid(std::min<int64_t>(a.splits, ceil_div(blocks, pairs))), kThreads, sizeof(Smem<D>),
-         single_kernel<D, false>, a, parts);
-  launch(op, ctx, dim3(unsigned(a.H), unsigned(a.N)), D / 2, 0, merge_kernel<D>, a, parts);
+  launch_early(op, ctx, grid(std::min<int64_t>(a.splits, ceil_div(blocks, pairs))), kThreads, sizeof(Smem<D>),
+               single_kernel<D, false>, a, parts);
+  launch_early(op, ctx, dim3(unsigned(a.H), unsigned(a.N)), D / 2, 0, merge_kernel<D>, a, parts);
 }
 
 }  // namespace

@@ -34,6 +34,8 @@ __device__ uint32_t key_of(float x) {
   return u ^ (u >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
+__device__ float value_of(uint32_t key) { return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key); }
+
 template <int kBlocks>
 struct Row {
   const float* logits;
@@ -84,17 +86,18 @@ struct Row {
 };
 
 struct Found {
-  uint32_t key;   // of the value with which the sum comes to the limit
+  uint32_t key;   // of the value with which the sum comes to the limit; where one id alone has it, perhaps a lower one
   double before;  // sum of what lies above it
   double there;   // sum of all ids with that value
   double all;
+  bool single;  // one id alone has it
 };
 
 // The value with which the sum of `term`, from the largest value down, comes to limit(sum of all).
 template <int kBlocks, class Term, class Limit>
 __device__ Found search(Row<kBlocks>& row, const Term& term, const Limit& limit_of) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  Found r{0, 0, 0, 0};
+  Found r{0, 0, 0, 0, false};
   double limit = 0;
   for (int shift = 32; shift > 0;) {
     const int bits = shift > kDigitBits ? kDigitBits : shift, below = shift - bits;
@@ -132,6 +135,11 @@ __device__ Found search(Row<kBlocks>& row, const Term& term, const Limit& limit_
     r.there = __shfl_sync(~0u, digit, at);
     r.key |= uint32_t(kDigits - 1 - at) << below;
     shift = below;
+    // Two ids would add up to twice the least that one of this prefix may have.
+    if (r.there < 1.9 * double(term(value_of(r.key)))) {
+      r.single = true;
+      break;
+    }
   }
   return r;
 }
@@ -202,18 +210,19 @@ template <int kBlocks>
 __device__ int draw(Row<kBlocks>& row, const SampleRow& p, int this_warp) {
   const int lane = int(threadIdx.x) % 32;
   uint32_t lowest = row.floor;  // key
-  double ties_kept = 1e300, ties = 0;
+  double ties_kept = 0, ties = 0;
   if (p.top_p < 1) {
     const Found f = search(
         row, [&](float x) { return row.weight(x); }, [&](double all) { return double(p.top_p) * all; });
-    lowest = f.key;
-    const uint32_t u = f.key >> 31 ? f.key ^ 0x80000000u : ~f.key;
-    const double one = row.weight(__uint_as_float(u));
-    ties = one > 0 ? rint(f.there / one) : 1e300;
-    ties_kept = one > 0 ? fmax(1.0, ceil((double(p.top_p) * f.all - f.before) / one)) : 1e300;
+    lowest = max(f.key, row.floor);
+    const double one = double(row.weight(value_of(f.key)));
+    if (!f.single && one > 0) {
+      ties = rint(f.there / one);
+      ties_kept = fmax(1.0, ceil((double(p.top_p) * f.all - f.before) / one));
+    }
   }
-  double rank = 0;  // among the ties, of the warp's first
-  const bool ranked = ties_kept < ties;
+  double rank = 0;                       // among the ties, of the warp's first
+  const bool ranked = ties_kept < ties;  // some of the equals go
   if (ranked) {
     int count = 0;
     row.each([&](int, float x, bool active) {

@@ -65,19 +65,28 @@ std::string read_file(const fs::path& path, size_t max_bytes) {
 std::shared_ptr<const MappedFile> MappedFile::open(const fs::path& path) {
   struct stat st;
   const Descriptor d = open_readable(path, st);
-  std::shared_ptr<MappedFile> m(new MappedFile);
+  auto* const file = new MappedFile;
+  const std::shared_ptr<MappedFile> m(file, Release{file});
   m->path_ = path;
   m->size_ = size_t(st.st_size);
   if (m->size_) {
     void* p = ::mmap(nullptr, m->size_, PROT_READ, MAP_SHARED, d.fd, 0);
     KDA_CHECK(p != MAP_FAILED, path.string(), ": cannot map ", m->size_, " bytes: ", std::strerror(errno));
     m->data_ = static_cast<const std::byte*>(p);
+    m->descriptor_ = ::fcntl(d.fd, F_DUPFD_CLOEXEC, 0);
+    KDA_CHECK(m->descriptor_ >= 0, path.string(), ": cannot keep it open: ", std::strerror(errno));
   }
   return m;
 }
 
+const MappedFile* MappedFile::behind(const std::shared_ptr<void>& storage) {
+  const Release* r = std::get_deleter<Release>(storage);
+  return r ? r->file : nullptr;
+}
+
 MappedFile::~MappedFile() {
   if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
+  if (descriptor_ >= 0) ::close(descriptor_);
 }
 
 AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {

@@ -28,9 +28,18 @@ class MappedFile {
   const std::byte* data() const { return data_; }
   size_t size() const { return size_; }
   const std::filesystem::path& path() const { return path_; }
+  int descriptor() const { return descriptor_; }  // open for reading as long as the mapping lives; -1: an empty file
+
+  // The file behind a tensor's storage, or nullptr when that is other memory.
+  static const MappedFile* behind(const std::shared_ptr<void>& storage);
 
  private:
+  struct Release {
+    const MappedFile* file;
+    void operator()(const MappedFile* m) const { delete m; }
+  };
   MappedFile() = default;
+  int descriptor_ = -1;
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
   std::filesystem::path path_;

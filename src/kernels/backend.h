@@ -88,6 +88,14 @@ struct LogitsLoss;
 struct HiddenLoss;
 struct TopK;
 
+// Bytes in host memory that go to a backend's: where they lie in a file too, so that a backend may read them from there.
+struct HostBytes {
+  const void* data;
+  size_t bytes;
+  int file = -1;       // open for reading, or -1
+  int64_t offset = 0;  // in the file
+};
+
 // Work that was recorded once: run() makes the same launches on the same memory, with what its arrays hold then.
 class Recorded {
  public:
@@ -103,8 +111,9 @@ struct Backend {
   Tensor (*alloc)(Dtype, Shape);                                     // zeroed
   // Either way, in the order of the compute stream: src may be reused, and a dst on the host read, when it returns.
   void (*copy)(Context&, void* dst, const void* src, size_t bytes);
-  // Many bytes from pageable host memory (a mapped file), as fast as the slower of both sides; done when it returns.
-  void (*upload)(Context&, void* dst, const void* src, size_t bytes);
+  // Many bytes from pageable host memory or a file, near the speed of the slower of both sides; in the order of the
+  // compute stream, the source may be reused when it returns.
+  void (*upload)(Context&, void* dst, const HostBytes&);
   // Records what `work` launches, without running it. nullptr where a backend runs at once.
   std::unique_ptr<Recorded> (*record)(Context&, const std::function<void()>& work);
   // Bytes of scratch: what X_workspace_bytes of kernels/X.h asks.

@@ -1,8 +1,10 @@
 #include "model/upload.h"
 
 #include <algorithm>
+#include <map>
 
 #include "base/error.h"
+#include "base/file.h"
 #include "kernels/quantize.h"
 
 namespace kda {
@@ -10,6 +12,11 @@ namespace kda {
 namespace {
 
 constexpr int64_t kPiece = int64_t(1) << 20;  // elements that one task converts
+constexpr int64_t kAlign = 256;
+
+bool is_matrix(const std::string& name, const Tensor& t) {
+  return name.ends_with("weight") && t.shape().rank == 2 && name.find("conv1d") == std::string::npos;
+}
 
 // A host matrix in bf16: itself, or a rounded copy.
 Tensor as_bf16(ThreadPool& pool, const Tensor& t) {
@@ -26,47 +33,101 @@ Tensor as_bf16(ThreadPool& pool, const Tensor& t) {
   return out;
 }
 
+HostBytes bytes_of(const Tensor& t) {
+  HostBytes b{t.v.data, t.v.bytes()};
+  if (const MappedFile* f = MappedFile::behind(t.storage)) {
+    b.file = f->descriptor();
+    b.offset = static_cast<const std::byte*>(t.v.data) - f->data();
+  }
+  return b;
+}
+
+int64_t padded(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// One allocation for all of a model's tensors: hundreds of small ones would each wait for the device.
+class Block {
+ public:
+  void plan(Dtype d, const Shape& s) { bytes_ += padded(s.size() * int64_t(size_of(d))); }
+  void make(Context& ctx) { memory_ = ctx.backend->alloc(Dtype::u8, {bytes_}); }
+  Tensor take(Dtype d, const Shape& s) {
+    Tensor t{memory_.storage, {static_cast<std::byte*>(memory_.v.data) + used_, d, s}};
+    used_ += padded(int64_t(t.v.bytes()));
+    KDA_CHECK(used_ <= bytes_, "upload: ", used_, " bytes of weights, planned ", bytes_);
+    return t;
+  }
+
+ private:
+  Tensor memory_;
+  int64_t bytes_ = 0, used_ = 0;
+};
+
 }  // namespace
 
 Weights upload_weights(Context& ctx, Weights w, WeightFormat format,
                        const std::function<void(const std::string&)>& report) {
-  int64_t rounded = 0;
-  std::string which;
-  const auto send = [&](const std::string& name, const Tensor& host) {
-    try {
-      Tensor there = ctx.backend->alloc(host.dtype(), host.shape());
-      ctx.backend->upload(ctx, there.v.data, host.v.data, host.v.bytes());
-      return there;
-    } catch (const Error& e) {
-      throw Error(cat("loading `", name, "`, ", host.v.bytes(), " bytes: ", e.what()));
-    }
+  // What goes over, in the order of the table; those that are quantised are known by their memory.
+  struct Item {
+    std::string name;
+    Tensor* to;
+    bool matrix;
+    Tensor* scale;  // where it is quantised
   };
-  // Large matrices first: they are quantised from a bf16 copy over there, which is freed at once.
+  std::vector<Item> items;
+  std::map<const Tensor*, Tensor*> scales;
   if (format != WeightFormat::bf16) {
-    const Dtype to = format == WeightFormat::i8 ? Dtype::i8 : Dtype::f8_e4m3;
-    for (const NamedLinear& m : quantizable(w)) {
-      const Tensor wide = send(m.name, as_bf16(*ctx.pool, m.linear->w));
-      Tensor q = ctx.backend->alloc(to, wide.shape()), scale = ctx.backend->alloc(Dtype::f32, {wide.shape()[0]});
-      quantize_rows(ctx, {.w = wide, .q = q, .scale = scale});
-      std::vector<float> scales(size_t(wide.shape()[0]));  // the copy also waits for the quantisation
-      ctx.backend->copy(ctx, scales.data(), scale.v.data, scale.v.bytes());
-      for (size_t n = 0; n < scales.size(); ++n)
-        KDA_CHECK(scales[n] - scales[n] == 0, m.name, ": row ", n, " holds a value that is not finite");
-      m.linear->w = q;
-      m.linear->scale = scale;
-    }
+    // A tied head gets 8 bits of its own; the embedding stays as it is.
+    for (const NamedLinear& m : quantizable(w)) scales[&m.linear->w] = &m.linear->scale;
   }
-  each_parameter(w, [&](const std::string& name, Tensor& t) {
-    if (!t || t.dtype() == Dtype::i8 || t.dtype() == Dtype::f8_e4m3) return;
-    const bool matrix = name.ends_with("weight") && t.shape().rank == 2 && name.find("conv1d") == std::string::npos;
-    if (matrix && t.dtype() != Dtype::bf16) {
+  const auto add = [&](const std::string& name, Tensor& t) {
+    const auto s = scales.find(&t);
+    if (t) items.push_back({name, &t, is_matrix(name, t), s == scales.end() ? nullptr : s->second});
+  };
+  each_parameter(w, add);
+  if (w.config.tied_head && format != WeightFormat::bf16) add("lm_head.weight", w.head.w);
+
+  const Dtype small = format == WeightFormat::f8 ? Dtype::f8_e4m3 : Dtype::i8;
+  const auto kept_as = [&](const Item& i) { return !i.matrix ? Dtype::f32 : i.scale ? small : Dtype::bf16; };
+  Block block;
+  int64_t largest = 0;
+  for (const Item& i : items) {
+    KDA_CHECK(i.matrix || i.to->dtype() == Dtype::f32, "upload: `", i.name, "` must be f32, got ", name_of(i.to->dtype()));
+    block.plan(kept_as(i), i.to->shape());
+    if (!i.scale) continue;
+    block.plan(Dtype::f32, {i.to->shape()[0]});
+    largest = std::max(largest, i.to->shape().size());
+  }
+  block.make(ctx);
+  Tensor wide;  // one matrix before it is quantised
+  if (largest) wide = ctx.backend->alloc(Dtype::bf16, {largest});
+
+  int64_t rounded = 0;
+  std::string stored;
+  for (const Item& i : items) {
+    if (i.matrix && i.to->dtype() != Dtype::bf16) {
       ++rounded;
-      which = name_of(t.dtype());
+      stored = name_of(i.to->dtype());
     }
-    t = send(name, matrix ? as_bf16(*ctx.pool, t) : t);
-  });
+    const Tensor host = i.matrix ? as_bf16(*ctx.pool, *i.to) : *i.to;
+    Tensor there = block.take(kept_as(i), host.shape());
+    if (!i.scale) {
+      ctx.backend->upload(ctx, there.v.data, bytes_of(host));
+    } else {
+      const View bf{wide.v.data, Dtype::bf16, host.shape()};
+      ctx.backend->upload(ctx, bf.data, bytes_of(host));
+      *i.scale = block.take(Dtype::f32, {host.shape()[0]});
+      quantize_rows(ctx, {.w = bf, .q = there, .scale = *i.scale});
+    }
+    *i.to = std::move(there);
+  }
   if (w.config.tied_head && format == WeightFormat::bf16) w.head.w = w.embedding;
-  if (rounded && report) report(cat(rounded, " matrices stored as ", which, " are rounded to bf16 for this device"));
+  for (const Item& i : items) {
+    if (!i.scale) continue;
+    std::vector<float> scale(size_t(i.scale->shape()[0]));
+    ctx.backend->copy(ctx, scale.data(), i.scale->v.data, i.scale->v.bytes());
+    for (size_t n = 0; n < scale.size(); ++n)
+      KDA_CHECK(scale[n] - scale[n] == 0, i.name, ": row ", n, " holds a value that is not finite");
+  }
+  if (rounded && report) report(cat(rounded, " matrices stored as ", stored, " are rounded to bf16 for this device"));
   return w;
 }
 

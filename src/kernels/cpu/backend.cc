@@ -9,6 +9,7 @@ namespace kda {
 
 namespace {
 void copy(Context&, void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
+void upload(Context&, void* dst, const HostBytes& from) { std::memcpy(dst, from.data, from.bytes); }
 }  // namespace
 
 const Backend& cpu_backend() {
@@ -19,7 +20,7 @@ const Backend& cpu_backend() {
       .open = [](Context&) {},
       .alloc = host_tensor,
       .copy = copy,
-      .upload = copy,
+      .upload = upload,
       .record = nullptr,
       .matmul_workspace = cpu::matmul_workspace,
       .matvec_workspace = cpu::matvec_workspace,

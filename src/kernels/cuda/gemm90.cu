@@ -1,0 +1,244 @@
+// kernels/cuda/gemm90.cu — y = x W^T in bf16 for sm_90a with what a layer does to the product done before it is stored:
+// square of its positive part, or adding it to the residual stream. cuBLASLt has neither.
+//
+// A block has a tile [128,256] of y. Two warpgroups multiply (wgmma, 64 rows each, sums in fp32 registers), a third one
+// only asks the copy engine for the next tiles of x [128,64] and W [256,64], up to four ahead. Two blocks, a cluster,
+// share W's tile: each brings one half of it for both. Blocks stay and go from tile to tile, in an order that keeps
+// what runs at one time within few rows of x and W; while results leave, the next tile's operands arrive. Every sum
+// runs along K in the same order, whatever R and N are: a row's bits depend on that row alone.
+#include "kernels/cuda/gemm90.h"
+
+#include <cuda.h>
+
+#include <algorithm>
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/hopper.h"
+
+namespace kda::cuda {
+
+namespace {
+
+[[maybe_unused]] constexpr int kRows = 128, kColumns = 256,
+                               kDepth = 64;  // of a tile; kDepth bf16 are the 128 bytes of a swizzled row
+[[maybe_unused]] constexpr int kStages = 4, kCluster = 2,
+                               kGroup = 8;  // kGroup: row tiles of clusters worked on together
+[[maybe_unused]] constexpr int kThreads = 384, kConsumers = 2;
+[[maybe_unused]] constexpr int kXBytes = kRows * kDepth * 2, kWBytes = kColumns * kDepth * 2,
+                               kHalfW = kWBytes / kCluster;
+[[maybe_unused]] constexpr int kBoxColumns = 64, kBoxBytes = 64 * kBoxColumns * 2;  // of results on their way out
+constexpr int kOutBytes = 2 * kBoxBytes;                                            // two boxes for each warpgroup
+constexpr size_t kShared = 1024 + size_t(kStages) * (kXBytes + kWBytes) + kConsumers * kOutBytes + 2 * kStages * 8;
+
+struct Tiles {
+  int clusters_m, n;  // tiles of kCluster * kRows rows, and of kColumns columns
+  int64_t count() const { return int64_t(clusters_m) * n; }
+};
+
+template <Epilogue kEpilogue>
+__global__ void __launch_bounds__(kThreads, 1)
+    product(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
+            const __grid_constant__ CUtensorMap map_y, float* sum, int R, int N, int K, Tiles tiles) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using namespace hopper;
+  extern __shared__ uint8_t raw[];
+  uint8_t* const shared = raw + (1024 - shared_address(raw) % 1024) % 1024;
+  uint8_t *const xs = shared, *const ws = xs + kStages * kXBytes, *const out = ws + kStages * kWBytes;
+  uint64_t *const full = reinterpret_cast<uint64_t*>(out + kConsumers * kOutBytes), *const empty = full + kStages;
+  const uint32_t rank = cluster_rank();
+  const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
+  const int steps = (K + kDepth - 1) / kDepth;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      init_barrier(full + s, 1);
+      init_barrier(empty + s, kCluster * kConsumers);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  cluster_sync();
+
+  // The place of this block's tile number i: row of x, row of W.
+  const auto place = [&](int i, int& row, int& column) {
+    const int whole = kGroup * tiles.n, first = i / whole * kGroup, rows = min(kGroup, tiles.clusters_m - first);
+    const int j = i % whole;
+    row = ((first + j % rows) * kCluster + int(rank)) * kRows;
+    column = j / rows * kColumns;
+  };
+  const int clusters = int(gridDim.x) / kCluster, count = tiles.clusters_m * tiles.n;
+  int stage = 0;
+  uint32_t phase = 0;
+  const auto next_stage = [&] {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  };
+
+  if (group == kConsumers) {
+    give_registers<40>();
+    if (thread == 0) {
+      for (int i = int(blockIdx.x) / kCluster; i < count; i += clusters) {
+        int row, column;
+        place(i, row, column);
+        for (int k = 0; k < steps; ++k) {
+          wait_barrier(empty + stage, phase ^ 1);
+          expect_bytes(full + stage, kXBytes + kWBytes);
+          load_box(xs + stage * kXBytes, &map_x, k * kDepth, row, full + stage);
+          load_box(ws + stage * kWBytes + rank * kHalfW, &map_w, k * kDepth, column + int(rank) * (kColumns / kCluster),
+                   full + stage, uint16_t((1 << kCluster) - 1));
+          next_stage();
+        }
+      }
+    }
+  } else {
+    take_registers<232>();
+    const int warp = thread / 32, lane = thread % 32;
+    const uint32_t x_at = shared_address(xs) + uint32_t(group) * (kXBytes / kConsumers), w_at = shared_address(ws);
+    uint8_t* const my_out = out + group * kOutBytes;
+    float d[128];
+    for (int i = int(blockIdx.x) / kCluster; i < count; i += clusters) {
+      int row, column;
+      place(i, row, column);
+      int before = -1;
+      for (int k = 0; k < steps; ++k) {
+        wait_barrier(full + stage, phase);
+        const uint64_t x = tile_descriptor(x_at + uint32_t(stage) * kXBytes);
+        const uint64_t w = tile_descriptor(w_at + uint32_t(stage) * kWBytes);
+        products_begin();
+#pragma unroll
+        for (int e = 0; e < kDepth / 16; ++e) multiply_64x256x16(d, x + 2 * e, w + 2 * e, k + e);
+        products_commit();
+        products_wait<1>();  // those of the step before are done: its stage may be filled again
+        if (before >= 0 && thread < kCluster) arrive_at(empty + before, uint32_t(thread));
+        before = stage;
+        next_stage();
+      }
+      products_wait<0>();
+      if (before >= 0 && thread < kCluster) arrive_at(empty + before, uint32_t(thread));
+
+      if constexpr (kEpilogue == Epilogue::add) {
+        const int r = row + group * 64 + warp * 16 + lane / 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float* const to = sum + int64_t(r + 8 * half) * N;
+          if (r + 8 * half < R)
+#pragma unroll
+            for (int j = 0; j < 32; ++j) {
+              const int c = column + j * 8 + lane % 4 * 2;
+              if (c < N) {
+                float2 v = *reinterpret_cast<const float2*>(to + c);
+                v.x += d[j * 4 + 2 * half];
+                v.y += d[j * 4 + 2 * half + 1];
+                *reinterpret_cast<float2*>(to + c) = v;
+              }
+            }
+        }
+      } else {
+        const auto finish = [](float v) {
+          if constexpr (kEpilogue == Epilogue::relu2) {
+            v = v < 0 ? 0 : v;
+            v *= v;
+          }
+          return v;
+        };
+        const auto pair = [&](int at) {
+          const __nv_bfloat162 p = __floats2bfloat162_rn(finish(d[at]), finish(d[at + 1]));
+          return reinterpret_cast<const uint32_t&>(p);
+        };
+        const int r = warp * 16 + lane / 8 % 2 * 8 + lane % 8;  // the row whose address this lane gives
+        const uint32_t line = shared_address(my_out) + uint32_t(r) * 128;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (thread == 0) wait_stores_read();
+          sync_some(1 + group, 128);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const int chunk = 2 * j + lane / 16, at = (half * 16 + 2 * j) * 4;
+            store_matrices(line + uint32_t(chunk / 8 * kBoxBytes + ((chunk % 8 ^ r % 8) << 4)), pair(at), pair(at + 2),
+                           pair(at + 4), pair(at + 6));
+          }
+          publish_to_copy_engine();
+          sync_some(1 + group, 128);
+          if (thread == 0) {
+            for (int b = 0; b < 2; ++b)
+              store_box(&map_y, my_out + b * kBoxBytes, column + half * 128 + b * kBoxColumns, row + group * 64);
+            commit_stores();
+          }
+        }
+      }
+    }
+    if (thread == 0) wait_stores();
+  }
+  cluster_sync();  // the other block of the cluster may still write here
+#endif
+}
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's own function, found at run time: nothing here links the driver.
+Encode encoder() {
+  void* f = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  KDA_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found));
+  KDA_CHECK(found == cudaDriverEntryPointSuccess && f,
+            "the driver has no cuTensorMapEncodeTiled: needs one for CUDA 12");
+  return reinterpret_cast<Encode>(f);
+}
+
+// A bf16 matrix [rows,columns], read or written by boxes of `box_rows` rows of 128 bytes; what lies outside reads as
+// zeros and is not written.
+CUtensorMap matrix(Encode encode, const void* data, int64_t rows, int64_t columns, int box_rows) {
+  CUtensorMap map{};
+  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(columns) * 2};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
+  const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), size, stride, box, step,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  KDA_CHECK(r == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(r), " for bf16 [", rows, ",", columns, "]");
+  return map;
+}
+
+template <Epilogue kEpilogue>
+void run(Context& ctx, const __nv_bfloat16* x, const __nv_bfloat16* w, void* y, int64_t R, int64_t N, int64_t K) {
+  const Encode encode = encoder();
+  const CUtensorMap mx = matrix(encode, x, R, K, kRows), mw = matrix(encode, w, N, K, kColumns / kCluster);
+  const CUtensorMap my = kEpilogue == Epilogue::add ? mx : matrix(encode, y, R, N, 64);
+  const Tiles tiles{int(ceil_div(R, kCluster * kRows)), int(ceil_div(N, kColumns))};
+  allow_shared(product<kEpilogue>, kShared);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  const int64_t clusters = std::min<int64_t>(device_of(ctx).sms / kCluster, tiles.count());
+  config.gridDim = dim3(unsigned(clusters * kCluster));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kShared;
+  config.stream = stream_of(ctx);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, product<kEpilogue>, mx, mw, my, static_cast<float*>(y), int(R), int(N), int(K),
+                           tiles),
+        "matmul");
+}
+
+}  // namespace
+
+bool gemm90_takes(const Context& ctx, const void* x, const void* w, const void* y, int64_t R, int64_t N, int64_t K) {
+  const auto fits = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  if (device_of(ctx).properties.major != 9 || K % 8 || N % 8 || K < kDepth || !fits(x) || !fits(w) || !fits(y) ||
+      std::max({R, N, K}) >= int64_t(1) << 30)
+    return false;
+  cudaFuncAttributes code{};  // a build with PTX alone has an empty body
+  return cudaFuncGetAttributes(&code, product<Epilogue::relu2>) == cudaSuccess && code.ptxVersion >= 90;
+}
+
+void gemm90(Context& ctx, Epilogue epilogue, const __nv_bfloat16* x, const __nv_bfloat16* w, void* y, int64_t R,
+            int64_t N, int64_t K) {
+  switch (epilogue) {
+    case Epilogue::none: return run<Epilogue::none>(ctx, x, w, y, R, N, K);
+    case Epilogue::relu2: return run<Epilogue::relu2>(ctx, x, w, y, R, N, K);
+    case Epilogue::add: return run<Epilogue::add>(ctx, x, w, y, R, N, K);
+  }
+}
+
+}  // namespace kda::cuda

@@ -103,6 +103,41 @@ TEST(CudaBackend, AnErrorWhileRecordingIsPassedOnAndHarmless) {
   EXPECT_EQ(a.fetch(), (std::vector<float>{1, 2}));
 }
 
+// What a copy says; empty when it succeeds.
+std::string failure_of_copy(Context& ctx, void* from) {
+  char to[16];
+  try {
+    ctx.backend->copy(ctx, to, from, sizeof to);
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+// In a process of its own: nothing can be done there any more.
+TEST(CudaBackendDeathTest, AFailedLaunchIsToldByEveryLaterCallAndNothingHangs) {
+  KDA_NEEDS_CUDA();
+  testing::FLAGS_gtest_death_test_style = "threadsafe";
+  const auto child = [] {
+    CudaContext ctx;
+    const int64_t D = 4096;
+    TypedBuffer table(ctx, Dtype::f32, 2 * D), y(ctx, Dtype::f32, D);
+    const DeviceArray<int32_t> ids(ctx, {1 << 30});  // far outside of all memory
+    embedding(ctx, {.table = table.view({2, D}), .ids = ids.view(), .y = y.view({1, D})});
+    const std::string first = failure_of_copy(ctx, ids.data()), second = failure_of_copy(ctx, ids.data());
+    std::string third;
+    try {
+      ctx.backend->alloc(Dtype::f32, {1});
+    } catch (const Error& e) {
+      third = e.what();
+    }
+    const auto tells = [](const std::string& s) { return s.find("illegal memory access") != std::string::npos; };
+    std::fprintf(stderr, "first: %s\n", first.c_str());
+    std::_Exit(tells(first) && tells(second) && tells(third) ? 0 : 1);
+  };
+  EXPECT_EXIT(child(), testing::ExitedWithCode(0), "first: CUDA: .*illegal memory access.*every later call");
+}
+
 TEST(CudaEmbedding, GathersRowsOfEveryType) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;

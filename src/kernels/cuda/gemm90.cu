@@ -14,6 +14,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/hopper.h"
+#include "kernels/cuda/vec.h"
 
 namespace kda::cuda {
 
@@ -30,15 +31,23 @@ namespace {
 constexpr int kOutBytes = 2 * kBoxBytes;                                            // two boxes for each warpgroup
 constexpr size_t kShared = 1024 + size_t(kStages) * (kXBytes + kWBytes) + kConsumers * kOutBytes + 2 * kStages * 8;
 
-struct Tiles {
-  int clusters_m, n;  // tiles of kCluster * kRows rows, and of kColumns columns
-  int64_t count() const { return int64_t(clusters_m) * n; }
+// One matrix of up to eight that share x.
+struct Part {
+  CUtensorMap w, y;
+  void* data;    // of y
+  int N, first;  // columns of y; first tile of columns among all
+  bool boxes;    // y's rows are multiples of 16 bytes: results leave by the copy engine
+};
+
+struct Args {
+  CUtensorMap x;
+  Part part[kGemm90Parts];
+  int parts, R, K;
+  int rows, columns;  // tiles of kCluster * kRows rows; of kColumns columns, all parts
 };
 
 template <Epilogue kEpilogue>
-__global__ void __launch_bounds__(kThreads, 1)
-    product(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
-            const __grid_constant__ CUtensorMap map_y, float* sum, int R, int N, int K, Tiles tiles) {
+__global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ Args a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
   extern __shared__ uint8_t raw[];
@@ -47,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   uint64_t *const full = reinterpret_cast<uint64_t*>(out + kConsumers * kOutBytes), *const empty = full + kStages;
   const uint32_t rank = cluster_rank();
   const int group = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128;
-  const int steps = (K + kDepth - 1) / kDepth;
+  const int steps = (a.K + kDepth - 1) / kDepth;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       init_barrier(full + s, 1);
@@ -57,14 +66,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   cluster_sync();
 
-  // The place of this block's tile number i: row of x, row of W.
-  const auto place = [&](int i, int& row, int& column) {
-    const int whole = kGroup * tiles.n, first = i / whole * kGroup, rows = min(kGroup, tiles.clusters_m - first);
-    const int j = i % whole;
+  // The place of this block's tile number i: row of x; matrix, and row of that.
+  const auto place = [&](int i, int& row, int& column) -> const Part& {
+    const int whole = kGroup * a.columns, first = i / whole * kGroup, rows = min(kGroup, a.rows - first);
+    const int j = i % whole, tile = j / rows;
     row = ((first + j % rows) * kCluster + int(rank)) * kRows;
-    column = j / rows * kColumns;
+    int p = a.parts - 1;
+    while (a.part[p].first > tile) --p;
+    column = (tile - a.part[p].first) * kColumns;
+    return a.part[p];
   };
-  const int clusters = int(gridDim.x) / kCluster, count = tiles.clusters_m * tiles.n;
+  const int clusters = int(gridDim.x) / kCluster, count = a.rows * a.columns;
   int stage = 0;
   uint32_t phase = 0;
   const auto next_stage = [&] {
@@ -76,12 +88,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (thread == 0) {
       for (int i = int(blockIdx.x) / kCluster; i < count; i += clusters) {
         int row, column;
-        place(i, row, column);
+        const Part& p = place(i, row, column);
         for (int k = 0; k < steps; ++k) {
           wait_barrier(empty + stage, phase ^ 1);
           expect_bytes(full + stage, kXBytes + kWBytes);
-          load_box(xs + stage * kXBytes, &map_x, k * kDepth, row, full + stage);
-          load_box(ws + stage * kWBytes + rank * kHalfW, &map_w, k * kDepth, column + int(rank) * (kColumns / kCluster),
+          load_box(xs + stage * kXBytes, &a.x, k * kDepth, row, full + stage);
+          load_box(ws + stage * kWBytes + rank * kHalfW, &p.w, k * kDepth, column + int(rank) * (kColumns / kCluster),
                    full + stage, uint16_t((1 << kCluster) - 1));
           next_stage();
         }
@@ -92,10 +104,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int warp = thread / 32, lane = thread % 32;
     const uint32_t x_at = shared_address(xs) + uint32_t(group) * (kXBytes / kConsumers), w_at = shared_address(ws);
     uint8_t* const my_out = out + group * kOutBytes;
-    float d[128];
+    float d[128] = {};
+    const auto finish = [](float v) {
+      if constexpr (kEpilogue == Epilogue::relu2) {
+        v = v < 0 ? 0 : v;  // a NaN stays one
+        v *= v;
+      }
+      return v;
+    };
+    const auto pair = [&](int at) {
+      const __nv_bfloat162 p = __floats2bfloat162_rn(finish(d[at]), finish(d[at + 1]));
+      return reinterpret_cast<const uint32_t&>(p);
+    };
     for (int i = int(blockIdx.x) / kCluster; i < count; i += clusters) {
       int row, column;
-      place(i, row, column);
+      const Part& p = place(i, row, column);
       int before = -1;
       for (int k = 0; k < steps; ++k) {
         wait_barrier(full + stage, phase);
@@ -111,37 +134,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         next_stage();
       }
       products_wait<0>();
-      if (before >= 0 && thread < kCluster) arrive_at(empty + before, uint32_t(thread));
+      if (thread < kCluster) arrive_at(empty + before, uint32_t(thread));
 
-      if constexpr (kEpilogue == Epilogue::add) {
-        const int r = row + group * 64 + warp * 16 + lane / 4;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float* const to = sum + int64_t(r + 8 * half) * N;
-          if (r + 8 * half < R)
-#pragma unroll
-            for (int j = 0; j < 32; ++j) {
-              const int c = column + j * 8 + lane % 4 * 2;
-              if (c < N) {
-                float2 v = *reinterpret_cast<const float2*>(to + c);
-                v.x += d[j * 4 + 2 * half];
-                v.y += d[j * 4 + 2 * half + 1];
-                *reinterpret_cast<float2*>(to + c) = v;
-              }
-            }
-        }
-      } else {
-        const auto finish = [](float v) {
-          if constexpr (kEpilogue == Epilogue::relu2) {
-            v = v < 0 ? 0 : v;
-            v *= v;
-          }
-          return v;
-        };
-        const auto pair = [&](int at) {
-          const __nv_bfloat162 p = __floats2bfloat162_rn(finish(d[at]), finish(d[at + 1]));
-          return reinterpret_cast<const uint32_t&>(p);
-        };
+      if (kEpilogue != Epilogue::add && p.boxes) {
         const int r = warp * 16 + lane / 8 % 2 * 8 + lane % 8;  // the row whose address this lane gives
         const uint32_t line = shared_address(my_out) + uint32_t(r) * 128;
 #pragma unroll
@@ -158,8 +153,30 @@ __global__ void __launch_bounds__(kThreads, 1)
           sync_some(1 + group, 128);
           if (thread == 0) {
             for (int b = 0; b < 2; ++b)
-              store_box(&map_y, my_out + b * kBoxBytes, column + half * 128 + b * kBoxColumns, row + group * 64);
+              store_box(&p.y, my_out + b * kBoxBytes, column + half * 128 + b * kBoxColumns, row + group * 64);
             commit_stores();
+          }
+        }
+      } else {
+        // Pairs of neighbouring columns, rows r and r + 8.
+        const int r = row + group * 64 + warp * 16 + lane / 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (r + 8 * half >= a.R) continue;
+          const int64_t to = int64_t(r + 8 * half) * p.N;
+#pragma unroll
+          for (int j = 0; j < 32; ++j) {
+            const int c = column + j * 8 + lane % 4 * 2, at = j * 4 + 2 * half;
+            if (c >= p.N) continue;
+            if constexpr (kEpilogue == Epilogue::add) {
+              float2* const y = reinterpret_cast<float2*>(static_cast<float*>(p.data) + to + c);
+              float2 v = *y;
+              v.x += d[at];
+              v.y += d[at + 1];
+              *y = v;
+            } else {
+              *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.data) + to + c) = pair(at);
+            }
           }
         }
       }
@@ -198,46 +215,60 @@ CUtensorMap matrix(Encode encode, const void* data, int64_t rows, int64_t column
 }
 
 template <Epilogue kEpilogue>
-void run(Context& ctx, const __nv_bfloat16* x, const __nv_bfloat16* w, void* y, int64_t R, int64_t N, int64_t K) {
+void run(Context& ctx, const __nv_bfloat16* x, std::span<const Gemm90Part> parts, int64_t R, int64_t K) {
   const Encode encode = encoder();
-  const CUtensorMap mx = matrix(encode, x, R, K, kRows), mw = matrix(encode, w, N, K, kColumns / kCluster);
-  const CUtensorMap my = kEpilogue == Epilogue::add ? mx : matrix(encode, y, R, N, 64);
-  const Tiles tiles{int(ceil_div(R, kCluster * kRows)), int(ceil_div(N, kColumns))};
+  Args a{};
+  a.x = matrix(encode, x, R, K, kRows);
+  a.parts = int(parts.size());
+  a.R = int(R);
+  a.K = int(K);
+  a.rows = int(ceil_div(R, kCluster * kRows));
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Gemm90Part& from = parts[i];
+    Part& p = a.part[i];
+    p = {.w = matrix(encode, from.w, from.N, K, kColumns / kCluster),
+         .y = {},
+         .data = from.y,
+         .N = int(from.N),
+         .first = a.columns,
+         .boxes = kEpilogue != Epilogue::add && from.N % 8 == 0 && aligned(from.y, 16)};
+    if (p.boxes) p.y = matrix(encode, from.y, R, from.N, 64);
+    a.columns += int(ceil_div(from.N, kColumns));
+  }
   allow_shared(product<kEpilogue>, kShared);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  const int64_t clusters = std::min<int64_t>(device_of(ctx).sms / kCluster, tiles.count());
+  const int64_t clusters = std::min<int64_t>(device_of(ctx).sms / kCluster, int64_t(a.rows) * a.columns);
   config.gridDim = dim3(unsigned(clusters * kCluster));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = stream_of(ctx);
   config.attrs = &cluster;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, product<kEpilogue>, mx, mw, my, static_cast<float*>(y), int(R), int(N), int(K),
-                           tiles),
-        "matmul");
+  check(cudaLaunchKernelEx(&config, product<kEpilogue>, a), "matmul");
 }
 
 }  // namespace
 
-bool gemm90_takes(const Context& ctx, const void* x, const void* w, const void* y, int64_t R, int64_t N, int64_t K) {
-  const auto fits = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  if (device_of(ctx).properties.major != 9 || K % 8 || N % 8 || K < kDepth || !fits(x) || !fits(w) || !fits(y) ||
-      std::max({R, N, K}) >= int64_t(1) << 30)
+bool gemm90_takes(const Context& ctx, const void* x, std::span<const Gemm90Part> parts, int64_t R, int64_t K) {
+  if (device_of(ctx).properties.major != 9 || parts.size() > kGemm90Parts || K % 8 || K == 0 || R == 0 ||
+      std::max(R, K) >= int64_t(1) << 30 || !aligned(x, 16))
     return false;
-  cudaFuncAttributes code{};  // a build with PTX alone has an empty body
+  for (const Gemm90Part& p : parts)
+    if (p.N % 2 || p.N == 0 || p.N >= int64_t(1) << 30 || !aligned(p.w, 16) || !aligned(p.y, 8)) return false;
+  cudaFuncAttributes code{};  // a build with PTX of compute_80 alone has an empty body
   return cudaFuncGetAttributes(&code, product<Epilogue::relu2>) == cudaSuccess && code.ptxVersion >= 90;
 }
 
-void gemm90(Context& ctx, Epilogue epilogue, const __nv_bfloat16* x, const __nv_bfloat16* w, void* y, int64_t R,
-            int64_t N, int64_t K) {
+void gemm90(Context& ctx, Epilogue epilogue, const __nv_bfloat16* x, std::span<const Gemm90Part> parts, int64_t R,
+            int64_t K) {
   switch (epilogue) {
-    case Epilogue::none: return run<Epilogue::none>(ctx, x, w, y, R, N, K);
-    case Epilogue::relu2: return run<Epilogue::relu2>(ctx, x, w, y, R, N, K);
-    case Epilogue::add: return run<Epilogue::add>(ctx, x, w, y, R, N, K);
+    case Epilogue::none: return run<Epilogue::none>(ctx, x, parts, R, K);
+    case Epilogue::relu2: return run<Epilogue::relu2>(ctx, x, parts, R, K);
+    case Epilogue::add: return run<Epilogue::add>(ctx, x, parts, R, K);
   }
 }
 

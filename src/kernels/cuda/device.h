@@ -23,6 +23,8 @@ struct Device {
   void* bounce = nullptr;                            // pinned: small copies to the host go through it
   // Handles and plans of the libraries, made by the files that use them, at first use.
   std::shared_ptr<void> gemm, attention, upload;
+  void* encode_tensor_map = nullptr;  // the driver's cuTensorMapEncodeTiled, once it was looked for
+  int sm90a_code = -1;  // whether this binary has machine code for sm_90a that runs here; -1: not known yet
 
   Device() = default;
   Device(const Device&) = delete;

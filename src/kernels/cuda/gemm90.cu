@@ -35,6 +35,7 @@ constexpr size_t kShared = 1024 + size_t(kStages) * (kXBytes + kWBytes) + kConsu
 struct Part {
   CUtensorMap w, y;
   void* data;    // of y
+  int64_t ld;    // elements from row to row of y
   int N, first;  // columns of y; first tile of columns among all
   bool boxes;    // y's rows are multiples of 16 bytes: results leave by the copy engine
 };
@@ -136,24 +137,41 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
       products_wait<0>();
       if (thread < kCluster) arrive_at(empty + before, uint32_t(thread));
 
-      if (kEpilogue != Epilogue::add && p.boxes) {
-        const int r = warp * 16 + lane / 8 % 2 * 8 + lane % 8;  // the row whose address this lane gives
-        const uint32_t line = shared_address(my_out) + uint32_t(r) * 128;
+      if (p.boxes) {
+        // In rounds of two boxes, each of 64 rows of 128 bytes: 128 columns of bf16, 64 of f32.
+        constexpr int kRoundColumns = kEpilogue == Epilogue::add ? 64 : 128;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int round = 0; round < kColumns / kRoundColumns; ++round) {
           if (thread == 0) wait_stores_read();
           sync_some(1 + group, 128);
+          if constexpr (kEpilogue == Epilogue::add) {
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const int chunk = 2 * j + lane / 16, at = (half * 16 + 2 * j) * 4;
-            store_matrices(line + uint32_t(chunk / 8 * kBoxBytes + ((chunk % 8 ^ r % 8) << 4)), pair(at), pair(at + 2),
-                           pair(at + 4), pair(at + 6));
+            for (int j = 0; j < 8; ++j)
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const int r = warp * 16 + half * 8 + lane / 4, chunk = j % 4 * 2 + lane % 4 / 2;
+                const int at = (round * 8 + j) * 4 + 2 * half;
+                *reinterpret_cast<float2*>(my_out + j / 4 * kBoxBytes + r * 128 + ((chunk ^ r % 8) << 4) +
+                                           lane % 2 * 8) = {d[at], d[at + 1]};
+              }
+          } else {
+            const int r = warp * 16 + lane / 8 % 2 * 8 + lane % 8;  // the row whose address this lane gives
+            const uint32_t line = shared_address(my_out) + uint32_t(r) * 128;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+              const int chunk = 2 * j + lane / 16, at = (round * 16 + 2 * j) * 4;
+              store_matrices(line + uint32_t(chunk / 8 * kBoxBytes + ((chunk % 8 ^ r % 8) << 4)), pair(at),
+                             pair(at + 2), pair(at + 4), pair(at + 6));
+            }
           }
           publish_to_copy_engine();
           sync_some(1 + group, 128);
           if (thread == 0) {
-            for (int b = 0; b < 2; ++b)
-              store_box(&p.y, my_out + b * kBoxBytes, column + half * 128 + b * kBoxColumns, row + group * 64);
+            for (int b = 0; b < 2; ++b) {
+              const uint8_t* const box = my_out + b * kBoxBytes;
+              const int c = column + round * kRoundColumns + b * kRoundColumns / 2, r = row + group * 64;
+              kEpilogue == Epilogue::add ? add_box(&p.y, box, c, r) : store_box(&p.y, box, c, r);
+            }
             commit_stores();
           }
         }
@@ -163,17 +181,14 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (r + 8 * half >= a.R) continue;
-          const int64_t to = int64_t(r + 8 * half) * p.N;
+          const int64_t to = int64_t(r + 8 * half) * p.ld;
 #pragma unroll
           for (int j = 0; j < 32; ++j) {
             const int c = column + j * 8 + lane % 4 * 2, at = j * 4 + 2 * half;
             if (c >= p.N) continue;
             if constexpr (kEpilogue == Epilogue::add) {
               float2* const y = reinterpret_cast<float2*>(static_cast<float*>(p.data) + to + c);
-              float2 v = *y;
-              v.x += d[at];
-              v.y += d[at + 1];
-              *y = v;
+              *y = {y->x + d[at], y->y + d[at + 1]};
             } else {
               *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.data) + to + c) = pair(at);
             }
@@ -192,33 +207,37 @@ using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*
                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 // The driver's own function, found at run time: nothing here links the driver.
-Encode encoder() {
-  void* f = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  KDA_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found));
-  KDA_CHECK(found == cudaDriverEntryPointSuccess && f,
-            "the driver has no cuTensorMapEncodeTiled: needs one for CUDA 12");
-  return reinterpret_cast<Encode>(f);
+Encode encoder(Device& d) {
+  if (!d.encode_tensor_map) {
+    cudaDriverEntryPointQueryResult found{};
+    KDA_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &d.encode_tensor_map, 12000, cudaEnableDefault,
+                                              &found));
+    KDA_CHECK(found == cudaDriverEntryPointSuccess && d.encode_tensor_map,
+              "the driver has no cuTensorMapEncodeTiled: needs one for CUDA 12");
+  }
+  return reinterpret_cast<Encode>(d.encode_tensor_map);
 }
 
-// A bf16 matrix [rows,columns], read or written by boxes of `box_rows` rows of 128 bytes; what lies outside reads as
-// zeros and is not written.
-CUtensorMap matrix(Encode encode, const void* data, int64_t rows, int64_t columns, int box_rows) {
+// A matrix [rows,columns] of bf16 or f32, rows ld apart, read or written by boxes of `box_rows` rows of 128 bytes; what
+// lies outside reads as zeros and is not written.
+CUtensorMap matrix(Encode encode, bool f32, const void* data, int64_t rows, int64_t columns, int64_t ld, int box_rows) {
   CUtensorMap map{};
-  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(columns) * 2};
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
-  const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), size, stride, box, step,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  KDA_CHECK(r == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(r), " for bf16 [", rows, ",", columns, "]");
+  const cuuint64_t element = f32 ? 4 : 2;
+  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(ld) * element};
+  const cuuint32_t box[2] = {cuuint32_t(128 / element), cuuint32_t(box_rows)}, step[2] = {1, 1};
+  const CUresult r =
+      encode(&map, f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data),
+             size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  KDA_CHECK(r == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(r), " for [", rows, ",", columns, "]");
   return map;
 }
 
 template <Epilogue kEpilogue>
 void run(Context& ctx, const __nv_bfloat16* x, std::span<const Gemm90Part> parts, int64_t R, int64_t K) {
-  const Encode encode = encoder();
+  const Encode encode = encoder(device_of(ctx));
   Args a{};
-  a.x = matrix(encode, x, R, K, kRows);
+  a.x = matrix(encode, false, x, R, K, K, kRows);
   a.parts = int(parts.size());
   a.R = int(R);
   a.K = int(K);
@@ -226,13 +245,15 @@ void run(Context& ctx, const __nv_bfloat16* x, std::span<const Gemm90Part> parts
   for (size_t i = 0; i < parts.size(); ++i) {
     const Gemm90Part& from = parts[i];
     Part& p = a.part[i];
-    p = {.w = matrix(encode, from.w, from.N, K, kColumns / kCluster),
+    constexpr bool f32 = kEpilogue == Epilogue::add;
+    p = {.w = matrix(encode, false, from.w, from.N, K, K, kColumns / kCluster),
          .y = {},
          .data = from.y,
+         .ld = from.ld,
          .N = int(from.N),
          .first = a.columns,
-         .boxes = kEpilogue != Epilogue::add && from.N % 8 == 0 && aligned(from.y, 16)};
-    if (p.boxes) p.y = matrix(encode, from.y, R, from.N, 64);
+         .boxes = from.ld % (f32 ? 4 : 8) == 0 && aligned(from.y, 16)};
+    if (p.boxes) p.y = matrix(encode, f32, from.y, R, from.N, from.ld, 64);
     a.columns += int(ceil_div(from.N, kColumns));
   }
   allow_shared(product<kEpilogue>, kShared);
@@ -258,9 +279,20 @@ bool gemm90_takes(const Context& ctx, const void* x, std::span<const Gemm90Part>
       std::max(R, K) >= int64_t(1) << 30 || !aligned(x, 16))
     return false;
   for (const Gemm90Part& p : parts)
-    if (p.N % 2 || p.N == 0 || p.N >= int64_t(1) << 30 || !aligned(p.w, 16) || !aligned(p.y, 8)) return false;
-  cudaFuncAttributes code{};  // a build with PTX of compute_80 alone has an empty body
-  return cudaFuncGetAttributes(&code, product<Epilogue::relu2>) == cudaSuccess && code.ptxVersion >= 90;
+    if (p.N % 2 || p.ld % 2 || p.N == 0 || p.N >= int64_t(1) << 30 || !aligned(p.w, 16) || !aligned(p.y, 8))
+      return false;
+  Device& d = device_of(ctx);
+  if (d.sm90a_code < 0) {
+    cudaFuncAttributes code{};  // a build with PTX of compute_80 alone has an empty body
+    d.sm90a_code = cudaFuncGetAttributes(&code, product<Epilogue::relu2>) == cudaSuccess && code.ptxVersion >= 90;
+  }
+  return d.sm90a_code;
+}
+
+bool gemm90_fills(const Context& ctx, std::span<const Gemm90Part> parts, int64_t R) {
+  int64_t columns = 0;
+  for (const Gemm90Part& p : parts) columns += ceil_div(p.N, kColumns);
+  return columns * ceil_div(R, kCluster * kRows) * kCluster * 4 >= int64_t(device_of(ctx).sms) * 3;
 }
 
 void gemm90(Context& ctx, Epilogue epilogue, const __nv_bfloat16* x, std::span<const Gemm90Part> parts, int64_t R,

@@ -27,12 +27,14 @@ __device__ inline void wait_barrier(uint64_t* b, uint32_t phase) {
       "r"(phase)
       : "memory");
 }
-// An arrival at the barrier that lies at b's place in block `rank` of the cluster.
+// An arrival at the barrier that lies at b's place in block `rank` of the cluster. It orders no ordinary writes of
+// other blocks (a release at cluster scope costs a fence of the whole device): for the reads of products that have
+// ended.
 __device__ inline void arrive_at(uint64_t* b, uint32_t rank) {
   asm volatile(
       "{ .reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }\n" ::"r"(shared_address(b)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there]; }\n" ::"r"(shared_address(b)),
       "r"(rank)
       : "memory");
 }
@@ -63,6 +65,12 @@ __device__ inline void load_box(void* to, const CUtensorMap* map, int column, in
 }
 __device__ inline void store_box(const CUtensorMap* map, const void* from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(shared_address(from)), "r"(column), "r"(row)
+               : "memory");
+}
+// Adds a box of f32 to what is there: one addition an element, done where the memory is.
+__device__ inline void add_box(const CUtensorMap* map, const void* from, int column, int row) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                "r"(shared_address(from)), "r"(column), "r"(row)
                : "memory");
 }

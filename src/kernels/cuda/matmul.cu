@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/gemm90.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/vec.h"
 #include "kernels/pointwise.h"
@@ -150,29 +151,57 @@ void widen_panel(Context& ctx, const void* q, const float* scale, __nv_bfloat16*
 
 int64_t panel_rows(int64_t K) { return std::max<int64_t>(int64_t(kPanelBytes) / (2 * K) / 128 * 128, 128); }
 
-void multiply(Context& ctx, const ConstView& x, const MatmulSegment& s) {
+Gemm90Part part_of(const ConstView& w, const View& y) { return {bf16_of(w), y.data, w.dim(0), w.dim(0)}; }
+
+void multiply(Context& ctx, const ConstView& x, const MatmulSegment& s, bool squared) {
   const int64_t R = x.dim(0), K = x.dim(1), N = s.w.w.dim(0);
-  if (R == 0 || N == 0) return;
   const bool f32 = s.y.dtype == Dtype::f32;
   const Dtype d = s.w.w.dtype;
   char* scratch = static_cast<char*>(workspace(ctx, matmul_workspace(ctx, R, K, N), "matmul"));
+  bool fused = false;
   if (d == Dtype::bf16) {
     product(ctx, bf16_of(s.w.w), bf16_of(x), s.y.data, f32, R, N, K, N, scratch);
-    return;
+  } else {
+    auto* const panel = reinterpret_cast<__nv_bfloat16*>(scratch + kLibraryBytes);
+    const int64_t most = std::min(N, panel_rows(K)), element = int64_t(size_of(s.y.dtype));
+    const Gemm90Part first{panel, s.y.data, most, N};
+    fused =
+        !f32 && gemm90_fills(ctx, {&first, 1}, R) && gemm90_takes(ctx, x.data, {&first, 1}, R, K) && N % most % 2 == 0;
+    for (int64_t n = 0; n < N; n += most) {
+      const int64_t rows = std::min(most, N - n);
+      const char* const q = static_cast<const char*>(s.w.w.data) + n * K;
+      const float* const scale = s.w.scale.as<float>() + n;
+      if (d == Dtype::i8)
+        widen_panel<int8_t>(ctx, q, scale, panel, rows, K);
+      else
+        widen_panel<__nv_fp8_e4m3>(ctx, q, scale, panel, rows, K);
+      void* const y = static_cast<char*>(s.y.data) + n * element;
+      const Gemm90Part part{panel, y, rows, N};
+      if (fused)
+        gemm90(ctx, squared ? Epilogue::relu2 : Epilogue::none, bf16_of(x), {&part, 1}, R, K);
+      else
+        product(ctx, panel, bf16_of(x), y, f32, R, rows, K, N, scratch);
+    }
   }
-  auto* panel = reinterpret_cast<__nv_bfloat16*>(scratch + kLibraryBytes);
-  const int64_t most = panel_rows(K);
-  for (int64_t n = 0; n < N; n += most) {
-    const int64_t rows = std::min(most, N - n);
-    const char* q = static_cast<const char*>(s.w.w.data) + n * K;
-    const float* scale = s.w.scale.as<float>() + n;
-    if (d == Dtype::i8)
-      widen_panel<int8_t>(ctx, q, scale, panel, rows, K);
-    else
-      widen_panel<__nv_fp8_e4m3>(ctx, q, scale, panel, rows, K);
-    product(ctx, panel, bf16_of(x), static_cast<char*>(s.y.data) + n * int64_t(size_of(s.y.dtype)), f32, R, rows, K, N,
-            scratch);
-  }
+  if (squared && !fused) cuda::relu2(ctx, Relu2{.x = s.y, .y = s.y});
+}
+
+// The matrices in bf16 whose results are bf16 go together, where the device has a kernel of ours for it.
+void run(Context& ctx, const Matmul& a, bool squared) {
+  const int64_t R = a.x.dim(0), K = a.x.dim(1);
+  if (R == 0) return;
+  const auto together = [](const MatmulSegment& s) {
+    return s.w.w.dim(0) > 0 && s.w.w.dim(0) % 2 == 0 && s.w.w.dtype == Dtype::bf16 && s.y.dtype == Dtype::bf16;
+  };
+  Gemm90Part parts[kGemm90Parts];
+  size_t n = 0;
+  for (const MatmulSegment& s : a.segments)
+    if (together(s)) parts[n++] = part_of(s.w.w, s.y);
+  const std::span<const Gemm90Part> all(parts, n);
+  const bool ours = n > 0 && gemm90_fills(ctx, all, R) && gemm90_takes(ctx, a.x.data, all, R, K);
+  if (ours) gemm90(ctx, squared ? Epilogue::relu2 : Epilogue::none, bf16_of(a.x), all, R, K);
+  for (const MatmulSegment& s : a.segments)
+    if (s.w.w.dim(0) > 0 && !(ours && together(s))) multiply(ctx, a.x, s, squared);
 }
 
 }  // namespace
@@ -181,16 +210,7 @@ size_t matmul_workspace(const Context&, int64_t, int64_t K, int64_t N) {
   return kLibraryBytes + 2 * size_t(K) * size_t(std::min(N, panel_rows(K)));
 }
 
-void matmul(Context& ctx, const Matmul& a) {
-  for (const MatmulSegment& s : a.segments) multiply(ctx, a.x, s);
-}
-
-// cuBLASLt has no epilogue that squares.
-void matmul_relu2(Context& ctx, const Matmul& a) {
-  for (const MatmulSegment& s : a.segments) {
-    multiply(ctx, a.x, s);
-    cuda::relu2(ctx, Relu2{.x = s.y, .y = s.y});
-  }
-}
+void matmul(Context& ctx, const Matmul& a) { run(ctx, a, false); }
+void matmul_relu2(Context& ctx, const Matmul& a) { run(ctx, a, true); }
 
 }  // namespace kda::cuda

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/gemm.h"
 #include "kernels/cuda/gemm90.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/vec.h"
@@ -22,7 +23,7 @@ namespace kda::cuda {
 
 namespace {
 
-constexpr size_t kLibraryBytes = size_t(32) << 20;  // NVIDIA's advice for sm_90
+constexpr size_t kLibraryBytes = kGemmScratchBytes;
 constexpr size_t kPanelBytes = size_t(32) << 20;
 // The heuristic's first choices, and cuBLASLt's number for its kernels for sm_90 (as 13.1 reports it). Few rows and a
 // long K bring others to the front where sums may not be split, up to five times slower and in another order of
@@ -38,9 +39,10 @@ struct Shape3 {
   int64_t N, R, K, ld;  // ld: of y
   bool f32;
   unsigned align_w, align_x, align_y;
+  bool split = false;  // a sum may be cut among blocks
   bool operator<(const Shape3& o) const {
     const auto all = [](const Shape3& s) {
-      return std::tie(s.N, s.R, s.K, s.ld, s.f32, s.align_w, s.align_x, s.align_y);
+      return std::tie(s.N, s.R, s.K, s.ld, s.f32, s.align_w, s.align_x, s.align_y, s.split);
     };
     return all(*this) < all(o);
   }
@@ -62,12 +64,14 @@ struct Plan {
     KDA_LT(cublasLtMatrixLayoutCreate(&y, s.f32 ? CUDA_R_32F : CUDA_R_16BF, uint64_t(s.N), uint64_t(s.R), s.ld));
     cublasLtMatmulPreference_t wish = nullptr;
     KDA_LT(cublasLtMatmulPreferenceCreate(&wish));
-    const uint32_t no_split = CUBLASLT_REDUCTION_SCHEME_NONE;
+    // Parts of a sum meet in the workspace, in order; in place they would meet as they come.
+    const uint32_t schemes = s.split ? CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE
+                                     : CUBLASLT_REDUCTION_SCHEME_NONE;
     const auto set = [&](cublasLtMatmulPreferenceAttributes_t what, const auto& v) {
       KDA_LT(cublasLtMatmulPreferenceSetAttribute(wish, what, &v, sizeof v));
     };
     set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kLibraryBytes);
-    set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, no_split);
+    set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, schemes);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, s.align_w);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, s.align_x);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, s.align_y);
@@ -220,6 +224,18 @@ void run(Context& ctx, const Matmul& a, bool squared) {
 }
 
 }  // namespace
+
+void gemm_few_rows(Context& ctx, const __nv_bfloat16* w, const __nv_bfloat16* x, View y, bool add, int64_t K,
+                   void* scratch) {
+  Library& lib = library_of(ctx);
+  const int64_t R = y.dim(0), N = y.dim(1);
+  const bool f32 = y.dtype == Dtype::f32;
+  const Plan& p = lib.plan({N, R, K, N, f32, alignment(w), alignment(x), alignment(y.data), true});
+  const float one = 1, old = add ? 1 : 0;
+  check(cublasLtMatmul(lib.handle, p.product, &one, w, p.w, x, p.x, &old, y.data, p.y, y.data, p.y, &p.algorithm, scratch,
+                       p.workspace, stream_of(ctx)),
+        "cublasLtMatmul");
+}
 
 size_t matmul_workspace(const Context&, int64_t, int64_t K, int64_t N) {
   return kLibraryBytes + 2 * size_t(K) * size_t(std::min(N, panel_rows(K)));

@@ -1,9 +1,13 @@
 // kernels/cuda/matvec.cu — matvec, norm_matvec, norm_matvec_relu2, matvec_add: matmul.h for generated tokens.
 #include <algorithm>
+#include <vector>
 
+#include "kernels/cuda/gemm.h"
 #include "kernels/cuda/matvec_launch.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/matmul.h"
+#include "kernels/norm.h"
+#include "kernels/pointwise.h"
 
 namespace kda::cuda {
 namespace {
@@ -138,28 +142,59 @@ void launch_product(Context& ctx, const Product& p) {
   }
 }
 
+// With more rows than this the tensor cores' own loads of x take longer than those of the weights, and large matrices
+// in bf16 go to cuBLASLt; the small ones beside them are not worth a launch each.
+constexpr int64_t kFewRows = 16, kLarge = 1024;
+
+void run(Context& ctx, Product p) {
+  const int64_t R = p.segments[0].y.dim(0);
+  const auto large = [](const MatmulSegment& s) {
+    return s.w.w.dtype == Dtype::bf16 && s.w.w.dim(0) >= kLarge && s.w.w.dim(1) % 8 == 0;
+  };
+  if (R <= kFewRows || std::none_of(p.segments.begin(), p.segments.end(), large)) return launch_product(ctx, p);
+  if (p.norm) {
+    cuda::rms_norm(ctx, RmsNorm{.x = p.norm->x, .w = p.norm->norm, .y = p.norm->h, .eps = p.norm->eps});
+    p.x = p.norm->h;
+    p.norm = nullptr;
+  }
+  void* const scratch = workspace(ctx, kGemmScratchBytes, p.op);
+  std::vector<MatmulSegment> small;
+  for (const MatmulSegment& s : p.segments) {
+    if (!large(s)) {
+      small.push_back(s);
+      continue;
+    }
+    const ConstView& x = s.x.data ? s.x : p.x;
+    gemm_few_rows(ctx, bf16_of(s.w.w), bf16_of(x), s.y, p.finish == Finish::add, x.dim(1), scratch);
+    if (p.finish == Finish::relu2) cuda::relu2(ctx, Relu2{.x = s.y, .y = s.y});
+  }
+  p.segments = small;
+  if (!small.empty()) launch_product(ctx, p);
+}
+
 }  // namespace
 
-void matvec(Context& ctx, const Matmul& a) { launch_product(ctx, {.segments = a.segments, .x = a.x, .op = "matvec"}); }
+void matvec(Context& ctx, const Matmul& a) { run(ctx, {.segments = a.segments, .x = a.x, .op = "matvec"}); }
 
 void norm_matvec(Context& ctx, const NormMatvec& a) {
-  launch_product(ctx, {.segments = a.segments, .x = {}, .norm = &a, .op = "norm_matvec"});
+  run(ctx, {.segments = a.segments, .x = {}, .norm = &a, .op = "norm_matvec"});
 }
 
 void norm_matvec_relu2(Context& ctx, const NormMatvec& a) {
-  launch_product(ctx,
+  run(ctx,
                  {.segments = a.segments, .x = {}, .norm = &a, .finish = Finish::relu2, .op = "norm_matvec_relu2"});
 }
 
 void matvec_add(Context& ctx, const MatvecAdd& a) {
   const MatmulSegment segment{a.w, a.y};
-  launch_product(ctx, {.segments = {&segment, 1}, .x = a.x, .finish = Finish::add, .op = "matvec_add"});
+  run(ctx, {.segments = {&segment, 1}, .x = a.x, .finish = Finish::add, .op = "matvec_add"});
 }
 
 // Partial sums of one launch; see plan_matvec for the bounds on parts.
 size_t matvec_workspace(const Context& ctx, int64_t R, int64_t K, int64_t N) {
   const int64_t columns = std::min<int64_t>(R, kMaxColumns);
-  return size_t(columns) * size_t(matvec_partial_rows(8 * N, K, device_of(ctx).sms)) * sizeof(float);
+  const size_t partial = size_t(columns) * size_t(matvec_partial_rows(8 * N, K, device_of(ctx).sms)) * sizeof(float);
+  return R > kFewRows ? std::max(partial, kGemmScratchBytes) : partial;
 }
 
 }  // namespace kda::cuda

@@ -31,8 +31,7 @@ release debug: setup
 	cmake --preset $@
 	cmake --build --preset $@ -j $(JOBS)
 
-cuda:
-	@$(SETUP) cuda
+cuda: setup
 	cmake --preset cuda
 	cmake --build --preset cuda -j $(JOBS) $(if $(TARGETS),--target $(TARGETS))
 

@@ -69,10 +69,20 @@ int main(int argc, char** argv) try {
           matmul_relu2(ctx, {.x = in, .segments = {&s, 1}});
         });
     };
-    product("q", h, D, 4);
-    product("f0", h, rank, 2);
+    {
+      std::vector<Tensor> w, y;
+      std::vector<MatmulSegment> segments;
+      double columns = 0;
+      for (const int64_t N : {D, D, D, rank, rank, H}) {
+        w.push_back(random_tensor(ctx, Dtype::bf16, {N, D}));
+        y.push_back(ctx.backend->alloc(Dtype::bf16, {T, N}));
+        columns += double(N);
+      }
+      for (size_t i = 0; i < w.size(); ++i) segments.push_back({.w = {w[i], {}}, .y = y[i]});
+      report("matmul q,k,v,f0,g0,b", 2.0 * td * columns, true, 1, [&] { matmul(ctx, {.x = h, .segments = segments}); });
+    }
+    product("o", h, D, 1);
     product("f1", low, D, 2);
-    product("b", h, H, 1);
     product("up", h, F, 0);
     product("down", wide, D, 1);
     product("square f32", h, D, 0, Dtype::f32);

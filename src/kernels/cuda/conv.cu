@@ -14,7 +14,7 @@ namespace kda::cuda {
 namespace {
 
 using bf = __nv_bfloat16;
-constexpr int kRun = 32, kAhead = 4, kThreads = 128;
+constexpr int kRun = 8, kAhead = 8, kThreads = 64, kBlocks = 9;  // kBlocks: on a multiprocessor at a time
 
 struct Args {
   const bf* x;
@@ -66,12 +66,12 @@ __device__ void leave_window(bf* to, const bf* before, const bf* x, int64_t T, i
 }
 
 template <int n>
-__global__ void __launch_bounds__(kThreads) conv(Args a) {
-  const int64_t c = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * n;
+__global__ void __launch_bounds__(kThreads, kBlocks) conv(Args a) {
+  const int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * n;
   if (c >= a.C) return;
   const bf* x = a.x + c;
   bf* window = a.window + c;
-  int row = int(blockIdx.y);
+  int row = int(blockIdx.x);
   if (row >= a.runs) {
     row -= a.runs;
     if (row < a.empty) {
@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kThreads) conv(Args a) {
   const int32_t from = row * kRun, end = a.start[a.N], to = min(from + kRun, end);
   int s = sequence_of(a.start, a.N, from);
   int32_t first = a.start[s], last = a.start[s + 1];  // of the sequence: its first token, and the one after its last
-  float w[n][4], h[3][n];
+  float w[n][4];
+  Raw<n> h[3];
 #pragma unroll
   for (int e = 0; e < n; ++e) load(w[e], a.w + (c + e) * 4);
 
@@ -102,12 +103,11 @@ __global__ void __launch_bounds__(kThreads) conv(Args a) {
     for (int j = 0; j < 3; ++j) {
       const int32_t p = t - 3 + j;
       if (p >= first)
-        load(h[j], x + p * a.C);
+        h[j].load(x + p * a.C);
       else if (before)
-        load(h[j], before + (p - first + 3) * a.channels);
+        h[j].load(before + (p - first + 3) * a.channels);
       else
-#pragma unroll
-        for (int e = 0; e < n; ++e) h[j][e] = 0;
+        h[j] = {};
     }
     if (t == first && out >= 0)
       leave_window<n>(window + out * 3 * a.channels, before, x + first * a.C, last - first, a.C, a.channels);
@@ -122,21 +122,20 @@ __global__ void __launch_bounds__(kThreads) conv(Args a) {
     }
     const int32_t stop = min(to, last);
     for (; t < stop; t += kAhead) {
-      float v[kAhead][n];
+      Raw<n> v[kAhead];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u)
-        if (t + u < stop) load(v[u], x + (t + u) * a.C);
+        if (t + u < stop) v[u].load(x + (t + u) * a.C);
 #pragma unroll
       for (int u = 0; u < kAhead; ++u)
         if (t + u < stop) {
           float y[n];
 #pragma unroll
-          for (int e = 0; e < n; ++e) {
+          for (int e = 0; e < n; ++e)
             y[e] = silu(w[e][0] * h[0][e] + w[e][1] * h[1][e] + w[e][2] * h[2][e] + w[e][3] * v[u][e]);
-            h[0][e] = h[1][e];
-            h[1][e] = h[2][e];
-            h[2][e] = v[u][e];
-          }
+          h[0] = h[1];
+          h[1] = h[2];
+          h[2] = v[u];
           store(a.y + (t + u) * a.C + c, y);
         }
     }
@@ -168,8 +167,9 @@ void conv_silu(Context& ctx, const Conv& a) {
   const bool wide = C % 8 == 0 && channels % 8 == 0 && aligned(args.x, 16) && aligned(args.y, 16) &&
                     aligned(args.window, 16) && aligned(args.w, 16);
   const int64_t n = wide ? 8 : 1;
-  const dim3 grid(unsigned(ceil_div(C, n * kThreads)), unsigned(rows));
-  KDA_CHECK(rows < 65536, "conv_silu: at most ", 65535 * kRun, " tokens a call, got ", T);
+  const int64_t groups = ceil_div(C, n * kThreads);
+  KDA_CHECK(groups < 65536, "conv_silu: at most ", 65535 * n * kThreads, " channels a call, got ", C);
+  const dim3 grid{unsigned(rows), unsigned(groups)};
   launch("conv_silu", ctx, grid, kThreads, 0, wide ? conv<8> : conv<1>, args);
 }
 

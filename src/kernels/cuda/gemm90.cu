@@ -1,5 +1,6 @@
-// kernels/cuda/gemm90.cu — y = x W^T in bf16 for sm_90a with what a layer does to the product done before it is stored:
-// square of its positive part, or adding it to the residual stream. cuBLASLt has neither.
+// kernels/cuda/gemm90.cu — y = x W^T in bf16 for sm_90a, several matrices in one launch, and the square of the
+// product's positive part taken before it is stored. cuBLASLt has neither: its epilogues know relu alone, and the
+// square costs a pass of its own.
 //
 // A block has a tile [128,256] of y. Two warpgroups multiply (wgmma, 64 rows each, sums in fp32 registers), a third one
 // only asks the copy engine for the next tiles of x [128,64] and W [256,64], up to four ahead. Two blocks, a cluster,
@@ -34,10 +35,10 @@ constexpr size_t kShared = 1024 + size_t(kStages) * (kXBytes + kWBytes) + kConsu
 // One matrix of up to eight that share x.
 struct Part {
   CUtensorMap w, y;
-  void* data;    // of y
-  int64_t ld;    // elements from row to row of y
-  int N, first;  // columns of y; first tile of columns among all
-  bool boxes;    // y's rows are multiples of 16 bytes: results leave by the copy engine
+  __nv_bfloat16* data;  // of y
+  int64_t ld;           // elements from row to row of y
+  int N, first;         // columns of y; first tile of columns among all
+  bool boxes;           // y's rows are multiples of 16 bytes: results leave by the copy engine
 };
 
 struct Args {
@@ -138,40 +139,23 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
       if (thread < kCluster) arrive_at(empty + before, uint32_t(thread));
 
       if (p.boxes) {
-        // In rounds of two boxes, each of 64 rows of 128 bytes: 128 columns of bf16, 64 of f32.
-        constexpr int kRoundColumns = kEpilogue == Epilogue::add ? 64 : 128;
+        const int r = warp * 16 + lane / 8 % 2 * 8 + lane % 8;  // the row whose address this lane gives
+        const uint32_t line = shared_address(my_out) + uint32_t(r) * 128;
 #pragma unroll
-        for (int round = 0; round < kColumns / kRoundColumns; ++round) {
+        for (int half = 0; half < 2; ++half) {
           if (thread == 0) wait_stores_read();
           sync_some(1 + group, 128);
-          if constexpr (kEpilogue == Epilogue::add) {
 #pragma unroll
-            for (int j = 0; j < 8; ++j)
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const int r = warp * 16 + half * 8 + lane / 4, chunk = j % 4 * 2 + lane % 4 / 2;
-                const int at = (round * 8 + j) * 4 + 2 * half;
-                *reinterpret_cast<float2*>(my_out + j / 4 * kBoxBytes + r * 128 + ((chunk ^ r % 8) << 4) +
-                                           lane % 2 * 8) = {d[at], d[at + 1]};
-              }
-          } else {
-            const int r = warp * 16 + lane / 8 % 2 * 8 + lane % 8;  // the row whose address this lane gives
-            const uint32_t line = shared_address(my_out) + uint32_t(r) * 128;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              const int chunk = 2 * j + lane / 16, at = (round * 16 + 2 * j) * 4;
-              store_matrices(line + uint32_t(chunk / 8 * kBoxBytes + ((chunk % 8 ^ r % 8) << 4)), pair(at),
-                             pair(at + 2), pair(at + 4), pair(at + 6));
-            }
+          for (int j = 0; j < 8; ++j) {
+            const int chunk = 2 * j + lane / 16, at = (half * 16 + 2 * j) * 4;
+            store_matrices(line + uint32_t(chunk / 8 * kBoxBytes + ((chunk % 8 ^ r % 8) << 4)), pair(at), pair(at + 2),
+                           pair(at + 4), pair(at + 6));
           }
           publish_to_copy_engine();
           sync_some(1 + group, 128);
           if (thread == 0) {
-            for (int b = 0; b < 2; ++b) {
-              const uint8_t* const box = my_out + b * kBoxBytes;
-              const int c = column + round * kRoundColumns + b * kRoundColumns / 2, r = row + group * 64;
-              kEpilogue == Epilogue::add ? add_box(&p.y, box, c, r) : store_box(&p.y, box, c, r);
-            }
+            for (int b = 0; b < 2; ++b)
+              store_box(&p.y, my_out + b * kBoxBytes, column + half * 128 + b * kBoxColumns, row + group * 64);
             commit_stores();
           }
         }
@@ -181,18 +165,11 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           if (r + 8 * half >= a.R) continue;
-          const int64_t to = int64_t(r + 8 * half) * p.ld;
+          __nv_bfloat16* const to = p.data + int64_t(r + 8 * half) * p.ld;
 #pragma unroll
-          for (int j = 0; j < 32; ++j) {
-            const int c = column + j * 8 + lane % 4 * 2, at = j * 4 + 2 * half;
-            if (c >= p.N) continue;
-            if constexpr (kEpilogue == Epilogue::add) {
-              float2* const y = reinterpret_cast<float2*>(static_cast<float*>(p.data) + to + c);
-              *y = {y->x + d[at], y->y + d[at + 1]};
-            } else {
-              *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.data) + to + c) = pair(at);
-            }
-          }
+          for (int j = 0; j < 32; ++j)
+            if (const int c = column + j * 8 + lane % 4 * 2; c < p.N)
+              *reinterpret_cast<uint32_t*>(to + c) = pair(j * 4 + 2 * half);
         }
       }
     }
@@ -218,17 +195,15 @@ Encode encoder(Device& d) {
   return reinterpret_cast<Encode>(d.encode_tensor_map);
 }
 
-// A matrix [rows,columns] of bf16 or f32, rows ld apart, read or written by boxes of `box_rows` rows of 128 bytes; what
-// lies outside reads as zeros and is not written.
-CUtensorMap matrix(Encode encode, bool f32, const void* data, int64_t rows, int64_t columns, int64_t ld, int box_rows) {
+// A matrix [rows,columns], rows ld apart, read or written by boxes of `box_rows` rows of 128 bytes; what lies outside
+// reads as zeros and is not written.
+CUtensorMap matrix(Encode encode, const void* data, int64_t rows, int64_t columns, int64_t ld, int box_rows) {
   CUtensorMap map{};
-  const cuuint64_t element = f32 ? 4 : 2;
-  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(ld) * element};
-  const cuuint32_t box[2] = {cuuint32_t(128 / element), cuuint32_t(box_rows)}, step[2] = {1, 1};
-  const CUresult r =
-      encode(&map, f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data),
-             size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(ld) * 2};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
+  const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), size, stride, box, step,
+                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   KDA_CHECK(r == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(r), " for [", rows, ",", columns, "]");
   return map;
 }
@@ -237,7 +212,7 @@ template <Epilogue kEpilogue>
 void run(Context& ctx, const __nv_bfloat16* x, std::span<const Gemm90Part> parts, int64_t R, int64_t K) {
   const Encode encode = encoder(device_of(ctx));
   Args a{};
-  a.x = matrix(encode, false, x, R, K, K, kRows);
+  a.x = matrix(encode, x, R, K, K, kRows);
   a.parts = int(parts.size());
   a.R = int(R);
   a.K = int(K);
@@ -245,15 +220,14 @@ void run(Context& ctx, const __nv_bfloat16* x, std::span<const Gemm90Part> parts
   for (size_t i = 0; i < parts.size(); ++i) {
     const Gemm90Part& from = parts[i];
     Part& p = a.part[i];
-    constexpr bool f32 = kEpilogue == Epilogue::add;
-    p = {.w = matrix(encode, false, from.w, from.N, K, K, kColumns / kCluster),
+    p = {.w = matrix(encode, from.w, from.N, K, K, kColumns / kCluster),
          .y = {},
          .data = from.y,
          .ld = from.ld,
          .N = int(from.N),
          .first = a.columns,
-         .boxes = from.ld % (f32 ? 4 : 8) == 0 && aligned(from.y, 16)};
-    if (p.boxes) p.y = matrix(encode, f32, from.y, R, from.N, from.ld, 64);
+         .boxes = from.ld % 8 == 0 && aligned(from.y, 16)};
+    if (p.boxes) p.y = matrix(encode, from.y, R, from.N, from.ld, 64);
     a.columns += int(ceil_div(from.N, kColumns));
   }
   allow_shared(product<kEpilogue>, kShared);
@@ -289,7 +263,9 @@ bool gemm90_takes(const Context& ctx, const void* x, std::span<const Gemm90Part>
   return d.sm90a_code;
 }
 
-bool gemm90_fills(const Context& ctx, std::span<const Gemm90Part> parts, int64_t R) {
+// Measured on an H100: one matrix is level with cuBLASLt from 1024 rows on, three and more from 256.
+bool gemm90_pays(const Context& ctx, std::span<const Gemm90Part> parts, int64_t R) {
+  if (R < (parts.size() > 2 ? 256 : 1024)) return false;
   int64_t columns = 0;
   for (const Gemm90Part& p : parts) columns += ceil_div(p.N, kColumns);
   return columns * ceil_div(R, kCluster * kRows) * kCluster * 4 >= int64_t(device_of(ctx).sms) * 3;
@@ -300,7 +276,6 @@ void gemm90(Context& ctx, Epilogue epilogue, const __nv_bfloat16* x, std::span<c
   switch (epilogue) {
     case Epilogue::none: return run<Epilogue::none>(ctx, x, parts, R, K);
     case Epilogue::relu2: return run<Epilogue::relu2>(ctx, x, parts, R, K);
-    case Epilogue::add: return run<Epilogue::add>(ctx, x, parts, R, K);
   }
 }
 

@@ -68,12 +68,6 @@ __device__ inline void store_box(const CUtensorMap* map, const void* from, int c
                "r"(shared_address(from)), "r"(column), "r"(row)
                : "memory");
 }
-// Adds a box of f32 to what is there: one addition an element, done where the memory is.
-__device__ inline void add_box(const CUtensorMap* map, const void* from, int column, int row) {
-  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(shared_address(from)), "r"(column), "r"(row)
-               : "memory");
-}
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ inline void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

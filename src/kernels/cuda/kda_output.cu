@@ -12,7 +12,7 @@ namespace kda::cuda {
 namespace {
 
 using bf = __nv_bfloat16;
-constexpr int kThreads = 256, kTokens = 8, kAhead = 4;
+constexpr int kThreads = 128;
 
 struct Args {
   const bf *o, *g;
@@ -25,36 +25,23 @@ struct Args {
 // kLanes lanes of 8 values each have a row: V = 8 kLanes.
 template <int kLanes>
 __global__ void __launch_bounds__(kThreads) output_rows(Args a) {
-  const int64_t width = a.H * a.V, c = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 8;
-  if (c >= width) return;  // whole rows of lanes
+  const int64_t width = a.H * a.V, at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 8, c = at % width;
+  if (at >= a.T * width) return;  // whole rows of lanes
   const unsigned lane = threadIdx.x % 32, mask = kLanes == 32 ? ~0u : ((1u << kLanes) - 1) << (lane / kLanes * kLanes);
-  float bias[8], w[8];
+  Raw<8> o, g;
+  o.load(a.o + at);
+  g.load(a.g + at);
+  float bias[8], w[8], y[8], sum = 0;
   load(bias, a.bias + c);
   load(w, a.w + c % a.V);
-  const int64_t from = int64_t(blockIdx.y) * kTokens;
 #pragma unroll
-  for (int64_t t = from; t < from + kTokens; t += kAhead) {
-    float o[kAhead][8], g[kAhead][8], sum[kAhead];
+  for (int e = 0; e < 8; ++e) sum += o[e] * o[e];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u)
-      if (t + u < a.T) {
-        load(o[u], a.o + (t + u) * width + c);
-        load(g[u], a.g + (t + u) * width + c);
-      }
+  for (int l = kLanes / 2; l; l /= 2) sum += __shfl_xor_sync(mask, sum, l);
+  const float r = 1.0f / sqrtf(sum / float(a.V) + a.eps);
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (t + u >= a.T) return;  // all lanes of the block alike
-      sum[u] = 0;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum[u] += o[u][e] * o[u][e];
-#pragma unroll
-      for (int l = kLanes / 2; l; l /= 2) sum[u] += __shfl_xor_sync(mask, sum[u], l);
-      const float r = 1.0f / sqrtf(sum[u] / float(a.V) + a.eps);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) o[u][e] *= r * w[e] * sigmoid(g[u][e] + bias[e]);
-      store(a.y + (t + u) * width + c, o[u]);
-    }
-  }
+  for (int e = 0; e < 8; ++e) y[e] = o[e] * (r * w[e]) * sigmoid(g[e] + bias[e]);
+  store(a.y + at, y);
 }
 
 // Any V: a warp has a row.
@@ -94,10 +81,8 @@ void kda_output(Context& ctx, const KdaOutput& k) {
                          : a.V == 128 ? output_rows<16>
                          : a.V == 256 ? output_rows<32>
                                       : nullptr;
-  const int64_t y_blocks = ceil_div(a.T, kTokens);
-  if (kernel && y_blocks < 65536)
-    launch("kda_output", ctx, dim3(unsigned(ceil_div(a.H * a.V, 8 * kThreads)), unsigned(y_blocks)), kThreads, 0,
-           kernel, a);
+  if (kernel)
+    launch("kda_output", ctx, unsigned(ceil_div(a.T * a.H * a.V, 8 * kThreads)), kThreads, 0, kernel, a);
   else
     launch("kda_output", ctx, unsigned(ceil_div(a.T * a.H * 32, kThreads)), kThreads, 0, output_any, a);
 }

@@ -24,6 +24,10 @@ namespace {
 
 constexpr size_t kLibraryBytes = size_t(32) << 20;  // NVIDIA's advice for sm_90
 constexpr size_t kPanelBytes = size_t(32) << 20;
+// The heuristic's first choices, and cuBLASLt's number for its kernels for sm_90 (as 13.1 reports it). Few rows and a
+// long K bring others to the front where sums may not be split, up to five times slower and in another order of
+// summation.
+constexpr int kCandidates = 32, kWgmmaFamily = 66;
 
 void check(cublasStatus_t s, const char* what) {
   KDA_CHECK(s == CUBLAS_STATUS_SUCCESS, "cuBLASLt: ", what, ": ", cublasLtGetStatusString(s));
@@ -68,14 +72,23 @@ struct Plan {
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, s.align_x);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, s.align_y);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, s.align_y);
-    cublasLtMatmulHeuristicResult_t best{};
-    int found = 0;
-    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(library, product, w, x, y, y, wish, 1, &best, &found);
+    cublasLtMatmulHeuristicResult_t found[kCandidates];
+    int n = 0;
+    const cublasStatus_t status =
+        cublasLtMatmulAlgoGetHeuristic(library, product, w, x, y, y, wish, kCandidates, found, &n);
     cublasLtMatmulPreferenceDestroy(wish);
-    KDA_CHECK(status == CUBLAS_STATUS_SUCCESS && found > 0, "matmul: cuBLASLt has no kernel for [", s.R, ",", s.K,
-              "] x [", s.N, ",", s.K, "]^T in bf16 on this device (", cublasLtGetStatusString(status), ")");
-    algorithm = best.algo;
-    workspace = best.workspaceSize;
+    KDA_CHECK(status == CUBLAS_STATUS_SUCCESS && n > 0, "matmul: cuBLASLt has no kernel for [", s.R, ",", s.K, "] x [",
+              s.N, ",", s.K, "]^T in bf16 on this device (", cublasLtGetStatusString(status), ")");
+    const auto wgmma = [](const cublasLtMatmulHeuristicResult_t& r) {
+      int32_t id = -1;
+      size_t written = 0;
+      return cublasLtMatmulAlgoConfigGetAttribute(&r.algo, CUBLASLT_ALGO_CONFIG_ID, &id, sizeof id, &written) ==
+                 CUBLAS_STATUS_SUCCESS &&
+             id == kWgmmaFamily;
+    };
+    const auto* const best = std::find_if(found, found + n, wgmma);
+    algorithm = (best == found + n ? found : best)->algo;
+    workspace = (best == found + n ? found : best)->workspaceSize;
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -151,7 +164,7 @@ void widen_panel(Context& ctx, const void* q, const float* scale, __nv_bfloat16*
 
 int64_t panel_rows(int64_t K) { return std::max<int64_t>(int64_t(kPanelBytes) / (2 * K) / 128 * 128, 128); }
 
-Gemm90Part part_of(const ConstView& w, const View& y) { return {bf16_of(w), y.data, w.dim(0), w.dim(0)}; }
+Gemm90Part part_of(const ConstView& w, const View& y) { return {bf16_of(w), bf16_of(y), w.dim(0), w.dim(0)}; }
 
 void multiply(Context& ctx, const ConstView& x, const MatmulSegment& s, bool squared) {
   const int64_t R = x.dim(0), K = x.dim(1), N = s.w.w.dim(0);
@@ -164,9 +177,11 @@ void multiply(Context& ctx, const ConstView& x, const MatmulSegment& s, bool squ
   } else {
     auto* const panel = reinterpret_cast<__nv_bfloat16*>(scratch + kLibraryBytes);
     const int64_t most = std::min(N, panel_rows(K)), element = int64_t(size_of(s.y.dtype));
-    const Gemm90Part first{panel, s.y.data, most, N};
-    fused =
-        !f32 && gemm90_fills(ctx, {&first, 1}, R) && gemm90_takes(ctx, x.data, {&first, 1}, R, K) && N % most % 2 == 0;
+    const auto part = [&](int64_t n) {
+      return Gemm90Part{panel, static_cast<__nv_bfloat16*>(s.y.data) + n, std::min(most, N - n), N};
+    };
+    const Gemm90Part first = f32 ? Gemm90Part{} : part(0);
+    fused = !f32 && N % 2 == 0 && gemm90_pays(ctx, {&first, 1}, R) && gemm90_takes(ctx, x.data, {&first, 1}, R, K);
     for (int64_t n = 0; n < N; n += most) {
       const int64_t rows = std::min(most, N - n);
       const char* const q = static_cast<const char*>(s.w.w.data) + n * K;
@@ -175,12 +190,12 @@ void multiply(Context& ctx, const ConstView& x, const MatmulSegment& s, bool squ
         widen_panel<int8_t>(ctx, q, scale, panel, rows, K);
       else
         widen_panel<__nv_fp8_e4m3>(ctx, q, scale, panel, rows, K);
-      void* const y = static_cast<char*>(s.y.data) + n * element;
-      const Gemm90Part part{panel, y, rows, N};
-      if (fused)
-        gemm90(ctx, squared ? Epilogue::relu2 : Epilogue::none, bf16_of(x), {&part, 1}, R, K);
-      else
-        product(ctx, panel, bf16_of(x), y, f32, R, rows, K, N, scratch);
+      if (fused) {
+        const Gemm90Part p = part(n);
+        gemm90(ctx, squared ? Epilogue::relu2 : Epilogue::none, bf16_of(x), {&p, 1}, R, K);
+      } else {
+        product(ctx, panel, bf16_of(x), static_cast<char*>(s.y.data) + n * element, f32, R, rows, K, N, scratch);
+      }
     }
   }
   if (squared && !fused) cuda::relu2(ctx, Relu2{.x = s.y, .y = s.y});
@@ -198,7 +213,7 @@ void run(Context& ctx, const Matmul& a, bool squared) {
   for (const MatmulSegment& s : a.segments)
     if (together(s)) parts[n++] = part_of(s.w.w, s.y);
   const std::span<const Gemm90Part> all(parts, n);
-  const bool ours = n > 0 && gemm90_fills(ctx, all, R) && gemm90_takes(ctx, a.x.data, all, R, K);
+  const bool ours = n > 0 && gemm90_pays(ctx, all, R) && gemm90_takes(ctx, a.x.data, all, R, K);
   if (ours) gemm90(ctx, squared ? Epilogue::relu2 : Epilogue::none, bf16_of(a.x), all, R, K);
   for (const MatmulSegment& s : a.segments)
     if (s.w.w.dim(0) > 0 && !(ours && together(s))) multiply(ctx, a.x, s, squared);

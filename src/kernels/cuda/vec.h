@@ -61,6 +61,25 @@ __device__ inline void store(E* to, const float (&from)[n]) {
   }
 }
 
+// n of bf16 as they came, so that many can be on their way in few registers; widened where they are used.
+template <int n>
+struct Raw;
+template <>
+struct Raw<8> {
+  uint4 bits = {};
+  __device__ void load(const __nv_bfloat16* from) { bits = *reinterpret_cast<const uint4*>(from); }
+  __device__ float operator[](int i) const {
+    const uint32_t two = i < 2 ? bits.x : i < 4 ? bits.y : i < 6 ? bits.z : bits.w;
+    return __uint_as_float(i % 2 ? two & 0xffff0000u : two << 16);
+  }
+};
+template <>
+struct Raw<1> {
+  float value = 0;
+  __device__ void load(const __nv_bfloat16* from) { value = __bfloat162float(*from); }
+  __device__ float operator[](int) const { return value; }
+};
+
 // For results that are rounded to bf16: exp's few units of error in the last place of f32 are far below that.
 __device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }

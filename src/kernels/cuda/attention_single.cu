@@ -14,10 +14,11 @@ namespace {
 
 using namespace tile;
 
-constexpr int kWarps = 4, kThreads = kWarps * 32, kRows = 16, kStages = 3;
+constexpr int kWarps = 4, kThreads = kWarps * 32, kRows = 16;
 constexpr int kBlock = kAttentionBlock, kBlocksOfSplit = kAttentionSplit / kAttentionBlock;
 
-template <int D>
+// kStages: blocks of keys and values that are here or on their way.
+template <int D, int kStages>
 struct Smem {
   __nv_bfloat16 k[kStages][kBlock * D], v[kStages][kBlock * D];
   __nv_bfloat16 q[kRows * D], p[kRows * kBlock];
@@ -42,11 +43,11 @@ __device__ void fetch_block(uint32_t to, const __nv_bfloat16* cache, const __nv_
 }
 
 // kWhole: one block of the grid walks all splits of its row tile and finishes the rows.
-template <int D, bool kWhole>
+template <int D, int kStages, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2) single_kernel(const AttentionCall a, const Parts parts) {
   constexpr int kN = D / 8 / kWarps;  // column tiles of o for each warp
   extern __shared__ __align__(128) unsigned char raw[];
-  Smem<D>& m = *reinterpret_cast<Smem<D>*>(raw);
+  auto& m = *reinterpret_cast<Smem<D, kStages>*>(raw);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   wait_for_previous();
   const int group = a.H / a.G, row_tiles = (group + kRows - 1) / kRows;
@@ -250,20 +251,22 @@ __global__ void __launch_bounds__(D / 2) merge_kernel(const AttentionCall a, con
       pair(__fmul_rn(o.x, by), __fmul_rn(o.y, by));
 }
 
-template <int D>
+template <int D, int kStages>
 void run(Context& ctx, const AttentionCall& a, void* scratch, int blocks) {
+  constexpr size_t kSmem = sizeof(Smem<D, kStages>);
   const int64_t row_tiles = ceil_div(a.H / a.G, kRows), pairs = a.G * row_tiles * a.N;
   const auto grid = [&](int64_t beside) { return dim3(unsigned(beside), unsigned(a.G * row_tiles), unsigned(a.N)); };
   const char* op = "attention of single tokens";
   if (!scratch) {
-    allow_shared(single_kernel<D, true>, sizeof(Smem<D>));
-    return launch_early(op, ctx, grid(1), kThreads, sizeof(Smem<D>), single_kernel<D, true>, a, Parts{});
+    const auto kernel = single_kernel<D, kStages, true>;
+    allow_shared(kernel, kSmem);
+    return launch_early(op, ctx, grid(1), kThreads, kSmem, kernel, a, Parts{});
   }
   float* o = static_cast<float*>(scratch);
   const Parts parts{o, reinterpret_cast<float2*>(o + int64_t(a.N) * a.H * a.splits * D)};
-  allow_shared(single_kernel<D, false>, sizeof(Smem<D>));
-  launch_early(op, ctx, grid(std::min<int64_t>(a.splits, ceil_div(blocks, pairs))), kThreads, sizeof(Smem<D>),
-               single_kernel<D, false>, a, parts);
+  const auto kernel = single_kernel<D, kStages, false>;
+  allow_shared(kernel, kSmem);
+  launch_early(op, ctx, grid(std::min<int64_t>(a.splits, ceil_div(blocks, pairs))), kThreads, kSmem, kernel, a, parts);
   launch_early(op, ctx, dim3(unsigned(a.H), unsigned(a.N)), D / 2, 0, merge_kernel<D>, a, parts);
 }
 
@@ -274,7 +277,10 @@ size_t attention_split_bytes(int64_t tokens, int64_t H, int64_t d, int64_t capac
 }
 
 void attention_single(Context& ctx, const AttentionCall& a, void* scratch, int blocks) {
-  a.d == 64 ? run<64>(ctx, a, scratch, blocks) : run<128>(ctx, a, scratch, blocks);
+  if (a.d == 64) return run<64, 3>(ctx, a, scratch, blocks);
+  // sm_86 and sm_89 have no room for three stages
+  const bool room = device_of(ctx).properties.sharedMemPerBlockOptin >= sizeof(Smem<128, 3>);
+  room ? run<128, 3>(ctx, a, scratch, blocks) : run<128, 2>(ctx, a, scratch, blocks);
 }
 
 }  // namespace kda::cuda

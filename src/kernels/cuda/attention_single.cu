@@ -207,11 +207,13 @@ __global__ void __launch_bounds__(kThreads, 2) single_kernel(const AttentionCall
   }
 }
 
-// One row's splits, in rising order; a thread has two channels. The factors, which depend on maxima only, are found by
-// the first warp for many splits at once, so that the sums do not wait for exponentials.
+// One row's splits, in rising order; a thread of the first D / 2 has two channels. Many splits are loaded at once, and
+// the factors, which depend on maxima only, are found ahead: the sums wait for neither memory nor exponentials.
+constexpr int kMergeThreads = 256, kMany = 64;
+
 template <int D>
-__global__ void __launch_bounds__(D / 2) merge_kernel(const AttentionCall a, const Parts parts) {
-  constexpr int kMany = 128;
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const AttentionCall a, const Parts parts) {
+  __shared__ float4 loaded[kMany * D / 4];
   __shared__ Merge factors[kMany];
   __shared__ float sums[kMany];
   wait_for_previous();
@@ -219,12 +221,18 @@ __global__ void __launch_bounds__(D / 2) merge_kernel(const AttentionCall a, con
   if (a.start[n + 1] == token || a.slot[n] < 0 || a.past[n] >= a.capacity) return;
   const int splits = a.past[n] / kAttentionSplit + 1;
   const int64_t at = (int64_t(n) * a.H + h) * a.splits;
-  const float2* from = reinterpret_cast<const float2*>(parts.o + at * D) + threadIdx.x;
+  const bool adds = threadIdx.x < D / 2;
   float carried = kMinusInfinity, sum = 0;
   float2 o{0, 0};
   for (int first = 0; first < splits; first += kMany) {
     const int count = min(kMany, splits - first);
+    const float4* from = reinterpret_cast<const float4*>(parts.o + (at + first) * D);
     __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kMany * D / 4 / kMergeThreads; ++k) {
+      const int i = k * kMergeThreads + int(threadIdx.x);
+      if (i < count * D / 4) loaded[i] = from[i];
+    }
     for (int i = lane; threadIdx.x < 32 && i - lane < count; i += 32) {
       const float2 mine = i < count ? parts.most_sum[at + first + i] : float2{kMinusInfinity, 0};
       float top = mine.x;  // of the splits up to this one
@@ -238,14 +246,16 @@ __global__ void __launch_bounds__(D / 2) merge_kernel(const AttentionCall a, con
       if (i < count) factors[i] = merge(before, mine.x, a.scale_log2), sums[i] = mine.y;
     }
     __syncthreads();
-#pragma unroll 16
-    for (int s = 0; s < count; ++s) {
-      const float2 part = from[int64_t(first + s) * (D / 2)];
+    const float2* part = reinterpret_cast<const float2*>(loaded) + threadIdx.x;
+#pragma unroll 8
+    for (int s = 0; adds && s < count; ++s) {
       const Merge m = factors[s];
+      const float2 x = part[s * (D / 2)];
       sum = merged(sum, sums[s], m);
-      o = {merged(o.x, part.x, m), merged(o.y, part.y, m)};
+      o = {merged(o.x, x.x, m), merged(o.y, x.y, m)};
     }
   }
+  if (!adds) return;
   const float by = __frcp_rn(sum);
   reinterpret_cast<uint32_t*>(a.o + (int64_t(token) * a.H + h) * D)[threadIdx.x] =
       pair(__fmul_rn(o.x, by), __fmul_rn(o.y, by));
@@ -267,7 +277,7 @@ void run(Context& ctx, const AttentionCall& a, void* scratch, int blocks) {
   const auto kernel = single_kernel<D, kStages, false>;
   allow_shared(kernel, kSmem);
   launch_early(op, ctx, grid(std::min<int64_t>(a.splits, ceil_div(blocks, pairs))), kThreads, kSmem, kernel, a, parts);
-  launch_early(op, ctx, dim3(unsigned(a.H), unsigned(a.N)), D / 2, 0, merge_kernel<D>, a, parts);
+  launch_early(op, ctx, dim3(unsigned(a.H), unsigned(a.N)), kMergeThreads, 0, merge_kernel<D>, a, parts);
 }
 
 }  // namespace

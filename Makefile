@@ -4,6 +4,7 @@
 #   make test       build, then every test;    make asan, make tsan: the same under sanitizers
 #   make cuda       build with the CUDA backend (needs nvcc; build/cuda/kda); TARGETS=".." builds only those
 #   make bench      build, then every benchmark
+#   make bench-cuda build with CUDA, then tests and benchmarks on the GPU (MODEL=folder; tools/bench_cuda.sh)
 #   make fuzz       run each fuzz target for SECONDS (60)
 #   make install    install under PREFIX (/usr/local)
 #   make format     clang-format on every source file
@@ -34,6 +35,9 @@ release debug: setup
 cuda: setup
 	cmake --preset cuda
 	cmake --build --preset cuda -j $(JOBS) $(if $(TARGETS),--target $(TARGETS))
+
+bench-cuda: cuda
+	tools/bench_cuda.sh build/cuda $(MODEL)
 
 demo: release
 	tools/demo.sh build/release/kda

@@ -69,4 +69,4 @@ format:
 clean:
 	rm -rf build
 
-.PHONY: all setup release debug cuda demo test asan tsan bench fuzz install format clean
+.PHONY: all setup release debug cuda demo test asan tsan bench bench-cuda fuzz install format clean

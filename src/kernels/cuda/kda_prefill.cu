@@ -43,9 +43,9 @@ void run(Context& ctx, prefill::Args a, std::span<const int32_t> start, const Pr
     a.first = sequence(a.from), a.last = sequence(a.to - 1);
     a.carry_in = reinterpret_cast<float*>(carry[pass & 1]),
     a.carry_out = reinterpret_cast<float*>(carry[1 - (pass & 1)]);
-    prefill::prepare_chunks<K>(a, stream_of(ctx));
+    prefill::prepare_chunks<K>(a, device_of(ctx).sms, stream_of(ctx));
     if (a.segments > 1) prefill::summarise_segments<K>(a, stream_of(ctx));
-    prefill::scan_chunks<K>(a, stream_of(ctx));
+    prefill::scan_chunks<K>(a, plan.warps, stream_of(ctx));
   }
 }
 
@@ -69,6 +69,7 @@ PrefillPlan plan_prefill(int sms, int64_t shared_bytes, int64_t T, int64_t N, in
     const double cost = 1.65 * double(ceil_div(chunks, s)) + 3 * double(s) + 10;
     if (cost < best) best = cost, p.segments = int(s);
   }
+  if (V == 128 && N * H * p.segments * 2 > sms) p.warps = 8;  // two chains share what comes of a chunk
   return p;
 }
 

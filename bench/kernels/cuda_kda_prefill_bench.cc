@@ -93,7 +93,8 @@ int main(int argc, char** argv) try {
     return 0;
   }
   const int64_t H = argc > 1 ? std::atoll(argv[1]) : 20;
-  CudaContext ctx(size_t(640) << 20);
+  CudaContext ctx(0);
+  ctx.workspace = ctx.backend->alloc(Dtype::u8, {int64_t(kda_prefill_workspace_bytes(ctx, 4 * 8192, 8, H, 128, 128))});
   const double copy = probe_device_copy(ctx);
   for (const auto& [N, each] : {std::pair<int64_t, int64_t>{1, 8192}, {4, 8192}, {1, 32768}, {1, 2048}, {8, 512}}) {
     Problem p(ctx, N, each, H);

@@ -152,9 +152,9 @@ __device__ inline Range range_of(const Args& a, int n) {
 
 #endif  // __CUDACC__
 
-// Records of all chunks of the pass. sms: multiprocessors.
+// Records of all chunks of the pass.
 template <int K>
-void prepare_chunks(const Args&, int sms, cudaStream_t);
+void prepare_chunks(const Args&, cudaStream_t);
 // Outputs and states, chunk after chunk of each sequence or segment. warps: 16 rows of a state each, 4 or 8 in a block.
 template <int K>
 void scan_chunks(const Args&, int warps, cudaStream_t);

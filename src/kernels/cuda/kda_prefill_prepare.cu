@@ -128,11 +128,8 @@ __device__ inline void score_tile(float (&c)[4], uint32_t base, int a_row, int b
   }
 }
 
-__device__ inline uint32_t tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
+// The upper 11 bits of a product's operand; mma drops the rest itself.
+__device__ inline uint32_t tf32(float x) { return __float_as_uint(x) & 0xffffe000u; }
 __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -147,9 +144,9 @@ __device__ inline void product8(float (&c)[4], const float* a, int ar, int ac, c
   const float y[2] = {b[at_f(br + t, bc + g)], b[at_f(br + 4 + t, bc + g)]};
   uint32_t xh[4], xl[4], yh[2], yl[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) xh[i] = tf32(x[i]), xl[i] = tf32(x[i] - __uint_as_float(xh[i]));
+  for (int i = 0; i < 4; ++i) xh[i] = tf32(x[i]), xl[i] = __float_as_uint(x[i] - __uint_as_float(xh[i]));
 #pragma unroll
-  for (int i = 0; i < 2; ++i) yh[i] = tf32(y[i]), yl[i] = tf32(y[i] - __uint_as_float(yh[i]));
+  for (int i = 0; i < 2; ++i) yh[i] = tf32(y[i]), yl[i] = __float_as_uint(y[i] - __uint_as_float(yh[i]));
   mma_tf32(c, xl, yh);
   mma_tf32(c, xh, yl);
   mma_tf32(c, xh, yh);
@@ -173,26 +170,8 @@ __device__ inline void transpose_quad(uint32_t (&x)[4], int lane) {
   }
 }
 
-// Asks for the inputs of the block that starts when this one is done, a row of one of the four tensors for each thread.
 template <int K>
-__device__ inline void ask_ahead(const Args& a, int ahead, int tid) {
-#if __CUDA_ARCH__ >= 900
-  const unsigned next = blockIdx.x + blockIdx.y * gridDim.x + unsigned(ahead);
-  const int h = int(next / gridDim.x);
-  if (h >= a.H) return;
-  const int64_t slot = a.from + next % gridDim.x;
-  const int n = sequence_of(a, slot);
-  const int64_t token = a.start[n] + (slot - first_slot(a.start[n], n)) * kChunk + (tid & 63);
-  if (token >= a.start[n + 1]) return;
-  const int which = tid >> 6, width = which == 2 ? a.V : K;
-  const __nv_bfloat16* const from = which == 0 ? a.q : which == 1 ? a.k : which == 2 ? a.v : a.f;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + (token * a.H + h) * width), "r"(width * 2)
-               : "memory");
-#endif
-}
-
-template <int K>
-__global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a, const int ahead) {
+__global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
   using M = Layout<K>;
   constexpr int C = K / 32;  // channels of a lane
   extern __shared__ __align__(1024) char shared[];
@@ -208,7 +187,8 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a, cons
   const int64_t chunk = slot - first_slot(a.start[n], n), token0 = a.start[n] + chunk * kChunk;
   if (token0 >= a.start[n + 1]) return;
   const int count = int(a.start[n + 1] - token0 < kChunk ? a.start[n + 1] - token0 : kChunk);
-  const int tid = int(threadIdx.x), w = tid >> 5, lane = tid & 31;
+  const int tid = int(threadIdx.x), lane = tid & 31;
+  const int w = __shfl_sync(~0u, tid >> 5, 0);  // the same in all lanes: branches on it are the warp's
   char* const record = a.records + (int64_t(blockIdx.x) * H + h) * Record<K>::bytes(V);
 
   // ---- this warp's 8 tokens, this lane's C channels: q and k at unit length, decays
@@ -230,7 +210,6 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a, cons
       const float x = tid < count ? __bfloat162float(a.b[(token0 + tid) * H + h]) : 0.0f;
       beta(tid) = tid < count ? a.beta_scale / (1.0f + expf(-x)) : 0.0f;
     }
-    ask_ahead<K>(a, ahead, tid);
     if (count < kChunk) {
 #pragma unroll
       for (int t = 0; t < 8; ++t)
@@ -324,50 +303,48 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a, cons
       f16.set(s16, 1), f32.set(s32, 1), before.set(start, 1), behind.set(end, 1);
     }
     const int unit = ch / 8, byte = (ch % 8) * 2;
+    const auto at_row = [&](int r, int t) { return at<K>(8 * r + t, unit) + byte; };  // of 8 rows, the t-th
     // p: what reaches each token of the state at the 8's start; then what of its write is left at their end.
-    float p[C];
-    Channels<C> ph;
+    Channels<C> p[8];
+    float whole[C];
 #pragma unroll
-    for (int c = 0; c < C; ++c) p[c] = 1;
+    for (int c = 0; c < C; ++c) whole[c] = 1;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
-      const int row = at<K>(8 * w + t, unit) + byte, q8 = at<K>(64 + 8 * (w >> 1) + t, unit) + byte;
-      const int q16 = at<K>(64 + 8 * ((w >> 2) * 2 + (w & 1)) + t, unit) + byte,
-                q32 = at<K>(64 + 8 * (w & 3) + t, unit) + byte;
 #pragma unroll
-      for (int c = 0; c < C; ++c) p[c] *= d[t][c];
-      ph.set(p, 1);
-      if (w & 1) {
-        (k[t] * ph).store(shared + row);
-        (q[t] * ph).store(shared + q8);
-      }
-      if (w & 2) {
-        const Channels<C> x = ph * f16;
-        (k[t] * x).store(shared + M::level + row);
-        (q[t] * x).store(shared + M::level + q16);
-      }
-      if (w & 4) {
-        const Channels<C> x = ph * f32;
-        (k[t] * x).store(shared + 2 * M::level + row);
-        (q[t] * x).store(shared + 2 * M::level + q32);
-      }
-      const Channels<C> x = ph * before;
-      (k[t] * x).store(keys + row);
+      for (int c = 0; c < C; ++c) whole[c] *= d[t][c];
+      p[t].set(whole, 1);
+      const Channels<C> x = p[t] * before;
+      (k[t] * x).store(keys + at_row(w, t));
       (q[t] * x).store(record + Record<K>::q + tile_at(8 * w + t, unit) + byte);
     }
+    const auto rows = [&](int level, int r, auto scaled) {
 #pragma unroll
-    for (int c = 0; c < C; ++c) p[c] = 1;
+      for (int t = 0; t < 8; ++t) {
+        const Channels<C> x = scaled(t);
+        (k[t] * x).store(shared + level * M::level + at_row(w, t));
+        (q[t] * x).store(shared + level * M::level + at_row(8 + r, t));
+      }
+    };
+    if (w & 1) rows(0, w >> 1, [&](int t) { return p[t]; });
+    if (w & 2) rows(1, (w >> 2) * 2 + (w & 1), [&](int t) { return p[t] * f16; });
+    if (w & 4) rows(2, w & 3, [&](int t) { return p[t] * f32; });
+#pragma unroll
+    for (int c = 0; c < C; ++c) whole[c] = 1;
 #pragma unroll
     for (int t = 7; t >= 0; --t) {
-      const int row = at<K>(8 * w + t, unit) + byte;
-      ph.set(p, 1);
-      if (!(w & 1)) (k[t] * ph).store(shared + row);
-      if (!(w & 2)) (k[t] * (ph * f16)).store(shared + M::level + row);
-      if (!(w & 4)) (k[t] * (ph * f32)).store(shared + 2 * M::level + row);
-      (k[t] * (ph * behind)).store(record + Record<K>::k + tile_at(8 * w + t, unit) + byte);
+      p[t].set(whole, 1);
+      (k[t] * (p[t] * behind)).store(record + Record<K>::k + tile_at(8 * w + t, unit) + byte);
 #pragma unroll
-      for (int c = 0; c < C; ++c) p[c] *= d[t][c];
+      for (int c = 0; c < C; ++c) whole[c] *= d[t][c];
     }
+    const auto columns = [&](int level, auto scaled) {
+#pragma unroll
+      for (int t = 0; t < 8; ++t) (k[t] * scaled(t)).store(shared + level * M::level + at_row(w, t));
+    };
+    if (!(w & 1)) columns(0, [&](int t) { return p[t]; });
+    if (!(w & 2)) columns(1, [&](int t) { return p[t] * f16; });
+    if (!(w & 4)) columns(2, [&](int t) { return p[t] * f32; });
   }
 
   // ---- pairs within 8 tokens: products of the decays themselves. {L,P} of 28 pairs i < t and P of two tokens with
@@ -627,13 +604,13 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a, cons
 int64_t prepare_shared_bytes(int64_t K) { return K == 128 ? Layout<128>::bytes : Layout<64>::bytes; }
 
 template <int K>
-void prepare_chunks(const Args& a, int sms, cudaStream_t stream) {
+void prepare_chunks(const Args& a, cudaStream_t stream) {
   constexpr int bytes = Layout<K>::bytes;
   allow_shared(prepare_kernel<K>, bytes);
-  prepare_kernel<K><<<dim3(unsigned(a.to - a.from), unsigned(a.H)), kThreads, bytes, stream>>>(a, 2 * sms);
+  prepare_kernel<K><<<dim3(unsigned(a.to - a.from), unsigned(a.H)), kThreads, bytes, stream>>>(a);
   check_launch("kda_prefill: chunks");
 }
-template void prepare_chunks<64>(const Args&, int, cudaStream_t);
-template void prepare_chunks<128>(const Args&, int, cudaStream_t);
+template void prepare_chunks<64>(const Args&, cudaStream_t);
+template void prepare_chunks<128>(const Args&, cudaStream_t);
 
 }  // namespace kda::cuda::prefill

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
       for (int i = tid * 16; i < G::common; i += kWarps * 32 * 16) copy_async(into + i, r + i);
       if (!identity) {
         for (int i = tid * 16; i < kWarps * 2048; i += kWarps * 32 * 16) copy_async(into + G::u + i, u + i);
-        if (tid == 0) copy_async(into + G::scale, scale);
+        if (tid < kWarps / 4) copy_async(into + G::scale + tid * 16, scale + tid * 16);
       }
     }
     copy_async_commit();
@@ -223,6 +223,22 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
            (a.marks[mark].sequence < n || (a.marks[mark].sequence == n && a.marks[mark].tokens <= from * kChunk)))
       ++mark;
   const float root = rsqrtf(float(K));
+  float o[8][4] = {};  // O / s of a chunk times `power`, transposed: rows of v, columns of tokens
+  float o_by = 0;
+  const auto write_o = [&](int i) {
+    const int64_t t = (from + i) * kChunk, next = 8 * int64_t(H) * V;
+    const int left = int(min(int64_t(kChunk), tokens - t)) - g;
+    __nv_bfloat16* to_o = a.o + ((token_start + t + g) * H + h) * V + row0 + 2 * tq;
+#pragma unroll
+    for (int j = 0; j < 8; ++j, to_o += next) {
+      const uint32_t low = transposed(bf16_bits(o[j][0] * o_by, o[j][1] * o_by)),
+                     high = transposed(bf16_bits(o[j][2] * o_by, o[j][3] * o_by));
+      if (8 * j < left) {
+        *reinterpret_cast<uint32_t*>(to_o) = low;
+        *reinterpret_cast<uint32_t*>(to_o + 8) = high;
+      }
+    }
+  };
 
   for (int i = 0; i < count; ++i) {
     const int s = i % stages;
@@ -309,7 +325,6 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
         S[j][0] *= e.x, S[j][1] *= e.y, S[j][2] *= e.x, S[j][3] *= e.y;
       }
     };
-    float o[8][4];  // O / s, transposed like U
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     const uint64_t tiles = tile(buffer_address);
 #endif
@@ -322,6 +337,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
       group_mma<0>(u, x, tiles + tile_step(R::w, step));
     }
     group_commit();
+    if (!summary && i > 0) write_o(i - 1);  // while that runs
     decay();
     group_wait<0>(u);
     round_u();
@@ -350,6 +366,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
     if constexpr (!summary) group_wait<0>(o);
     group_wait<0>(S);
 #else
+    if (!summary && i > 0) write_o(i - 1);
 #pragma unroll
     for (int p = 0; p < K / 32; ++p) {
       uint32_t a0[4], a1[4];
@@ -389,18 +406,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 #endif
 
     if constexpr (!summary) {
-      const float by = root / power;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t low = transposed(bf16_bits(o[j][0] * by, o[j][1] * by)),
-                       high = transposed(bf16_bits(o[j][2] * by, o[j][3] * by));
-        const int64_t t = (from + i) * kChunk + 8 * j + g;
-        if (t < tokens) {
-          __nv_bfloat16* const to_o = a.o + ((token_start + t) * H + h) * V + row0 + 2 * tq;
-          *reinterpret_cast<uint32_t*>(to_o) = low;
-          *reinterpret_cast<uint32_t*>(to_o + 8) = high;
-        }
-      }
+      o_by = root / power;
       if (mark < a.marks_n && a.marks[mark].sequence == n && a.marks[mark].tokens == (from + i + 1) * kChunk) {
         store(a.state + (int64_t(a.marks[mark].slot) * H + h) * V * K);
         ++mark;
@@ -408,6 +414,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
     }
     __syncthreads();
   }
+  if (!summary && count > 0) write_o(count - 1);
 
   if constexpr (summary) {
     store(a.summaries + ((int64_t(n - a.first) * (a.segments - 1) + segment) * H + h) * (V + K) * K);
@@ -423,7 +430,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 // One block: 16 rows of one head and sequence.
 template <int K>
 __global__ void __launch_bounds__(K * 2) combine_kernel(const Args a) {
-  __shared__ __align__(16) float state[2][16][K];
+  extern __shared__ __align__(16) float combine_shared[];
+  float* const phi = combine_shared;                                        // [K,K]
+  float(*const state)[16][K] = reinterpret_cast<float(*)[16][K]>(phi + K * K);  // [2,16,K]
   const int n = a.first + int(blockIdx.z), h = int(blockIdx.y), V = a.V;
   const int c = int(threadIdx.x) % K, part = int(threadIdx.x) / K, row0 = int(blockIdx.x) * 16 + part * 8;
   const Range range = range_of(a, n);
@@ -431,25 +440,25 @@ __global__ void __launch_bounds__(K * 2) combine_kernel(const Args a) {
   float* at = a.summaries + (int64_t(n - a.first) * (a.segments - 1) * a.H + h) * size;
   const auto row = [&](int r) { return int64_t(row0 + r) * K + c; };
   for (int r = 0; r < 8; ++r) state[0][part * 8 + r][c] = at[row(r)];
-  __syncthreads();
   int now = 0;
   for (int segment = 1; segment < a.segments - 1 && range.from + segment * length < range.to; ++segment) {
     at += a.H * size;
-    const float* const phi = at + int64_t(V) * K + c;
+    for (int i = int(threadIdx.x) * 4; i < K * K; i += K * 2 * 4)
+      copy_async(shared_address(phi + i), at + int64_t(V) * K + i);
+    copy_async_commit();
     float sum[8];
 #pragma unroll
     for (int r = 0; r < 8; ++r) sum[r] = at[row(r)];
-    for (int x0 = 0; x0 < K; x0 += 32) {
-      float p[32];
+    copy_async_wait<0>();
+    __syncthreads();
+#pragma unroll 4
+    for (int x = 0; x < K; x += 4) {
+      const float p0 = phi[x * K + c], p1 = phi[(x + 1) * K + c], p2 = phi[(x + 2) * K + c], p3 = phi[(x + 3) * K + c];
 #pragma unroll
-      for (int x = 0; x < 32; ++x) p[x] = phi[int64_t(x0 + x) * K];
-#pragma unroll
-      for (int x = 0; x < 32; x += 4)
-#pragma unroll
-        for (int r = 0; r < 8; ++r) {
-          const float4 s = *reinterpret_cast<const float4*>(&state[now][part * 8 + r][x0 + x]);
-          sum[r] += s.x * p[x] + s.y * p[x + 1] + s.z * p[x + 2] + s.w * p[x + 3];
-        }
+      for (int r = 0; r < 8; ++r) {
+        const float4 s = *reinterpret_cast<const float4*>(&state[now][part * 8 + r][x]);
+        sum[r] += s.x * p0 + s.y * p1 + s.z * p2 + s.w * p3;
+      }
     }
     now ^= 1;
 #pragma unroll
@@ -463,7 +472,8 @@ void scan(const Args& a, int rows, cudaStream_t stream) {
   int device = 0, most = 0;
   KDA_CUDA(cudaGetDevice(&device));
   KDA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int stages = shared_bytes<K, warps, summary>(3) <= most ? 3 : 2, shared = shared_bytes<K, warps, summary>(stages);
+  // Two blocks that add up segments share a multiprocessor.
+  const int stages = !summary && shared_bytes<K, warps, summary>(3) <= most ? 3 : 2, shared = shared_bytes<K, warps, summary>(stages);
   allow_shared(scan_kernel<K, warps, summary>, size_t(shared));
   scan_kernel<K, warps, summary>
       <<<dim3(unsigned(rows / (warps * 16)), unsigned(a.H), unsigned((a.last - a.first + 1) * a.segments)), warps * 32,
@@ -483,7 +493,9 @@ void scan_chunks(const Args& a, int warps, cudaStream_t stream) {
 template <int K>
 void summarise_segments(const Args& a, cudaStream_t stream) {
   scan<K, 4, true>(a, a.V + K, stream);
-  combine_kernel<K><<<dim3(unsigned(a.V / 16), unsigned(a.H), unsigned(a.last - a.first + 1)), K * 2, 0, stream>>>(a);
+  constexpr int shared = (K * K + 2 * 16 * K) * int(sizeof(float));
+  allow_shared(combine_kernel<K>, shared);
+  combine_kernel<K><<<dim3(unsigned(a.V / 16), unsigned(a.H), unsigned(a.last - a.first + 1)), K * 2, shared, stream>>>(a);
   check_launch("kda_prefill: segments");
 }
 template void scan_chunks<64>(const Args&, int, cudaStream_t);

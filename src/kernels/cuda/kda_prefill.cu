@@ -10,7 +10,7 @@ namespace kda::cuda {
 namespace {
 
 constexpr int64_t kPassBytes = int64_t(768) << 20;  // of records; 35,000 tokens at H = 20, K = V = 128
-constexpr int64_t kFarBytes = int64_t(256) << 20;  // of records; measured between 200 and 775 MB
+constexpr int64_t kFarBytes = int64_t(256) << 20;   // of records; measured between 200 and 775 MB
 constexpr int64_t kScanRows = 64;                   // of a state, in one block
 
 int64_t round_256(int64_t n) { return (n + 255) / 256 * 256; }

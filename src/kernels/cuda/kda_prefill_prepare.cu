@@ -503,11 +503,19 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
   __syncthreads();
   // T = X diag(beta): fp16 for the keys, two bf16 for v. Up to the end of each square of 16 on the diagonal.
   for (int i = tid; i < 320; i += kThreads) {
-    const int m = i < 128 ? 3 : i < 224 ? 2 : i < 288 ? 1 : 0, at_unit = i - (i < 128 ? 0 : i < 224 ? 128 : i < 288 ? 224 : 288);
+    const int m = i < 128   ? 3
+                  : i < 224 ? 2
+                  : i < 288 ? 1
+                            : 0,
+              at_unit = i - (i < 128   ? 0
+                             : i < 224 ? 128
+                             : i < 288 ? 224
+                                       : 288);
     const int r = 16 * m + (at_unit & 15), u = at_unit >> 4;
     const float4 x0 = *reinterpret_cast<const float4*>(X + at_f(r, 8 * u)),
                  x1 = *reinterpret_cast<const float4*>(X + at_f(r, 8 * u + 4));
-    const float4 b0 = *reinterpret_cast<const float4*>(&beta(8 * u)), b1 = *reinterpret_cast<const float4*>(&beta(8 * u + 4));
+    const float4 b0 = *reinterpret_cast<const float4*>(&beta(8 * u)),
+                 b1 = *reinterpret_cast<const float4*>(&beta(8 * u + 4));
     const float y[8] = {x0.x * b0.x, x0.y * b0.y, x0.z * b0.z, x0.w * b0.w,
                         x1.x * b1.x, x1.y * b1.y, x1.z * b1.z, x1.w * b1.w};
     uint32_t t[4], high[4], low[4];

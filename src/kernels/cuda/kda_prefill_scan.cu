@@ -59,8 +59,8 @@ __device__ inline float inverse_power(float x) {
 // ---- products with the tiles of a chunk in shared memory: by a warpgroup (sm_90a) ..
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define KDA_REGISTERS(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define KDA_REGISTERS8(d, j)                                                                            \
-  KDA_REGISTERS(d, j), KDA_REGISTERS(d, j + 1), KDA_REGISTERS(d, j + 2), KDA_REGISTERS(d, j + 3),       \
+#define KDA_REGISTERS8(d, j)                                                                      \
+  KDA_REGISTERS(d, j), KDA_REGISTERS(d, j + 1), KDA_REGISTERS(d, j + 2), KDA_REGISTERS(d, j + 3), \
       KDA_REGISTERS(d, j + 4), KDA_REGISTERS(d, j + 5), KDA_REGISTERS(d, j + 6), KDA_REGISTERS(d, j + 7)
 
 // A tile for wgmma: its address, 1024 bytes from 8 rows to the next 8, 8192 from 64 columns to the next 64.
@@ -431,7 +431,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 template <int K>
 __global__ void __launch_bounds__(K * 2) combine_kernel(const Args a) {
   extern __shared__ __align__(16) float combine_shared[];
-  float* const phi = combine_shared;                                        // [K,K]
+  float* const phi = combine_shared;                                            // [K,K]
   float(*const state)[16][K] = reinterpret_cast<float(*)[16][K]>(phi + K * K);  // [2,16,K]
   const int n = a.first + int(blockIdx.z), h = int(blockIdx.y), V = a.V;
   const int c = int(threadIdx.x) % K, part = int(threadIdx.x) / K, row0 = int(blockIdx.x) * 16 + part * 8;
@@ -473,7 +473,8 @@ void scan(const Args& a, int rows, cudaStream_t stream) {
   KDA_CUDA(cudaGetDevice(&device));
   KDA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   // Two blocks that add up segments share a multiprocessor.
-  const int stages = !summary && shared_bytes<K, warps, summary>(3) <= most ? 3 : 2, shared = shared_bytes<K, warps, summary>(stages);
+  const int stages = !summary && shared_bytes<K, warps, summary>(3) <= most ? 3 : 2,
+            shared = shared_bytes<K, warps, summary>(stages);
   allow_shared(scan_kernel<K, warps, summary>, size_t(shared));
   scan_kernel<K, warps, summary>
       <<<dim3(unsigned(rows / (warps * 16)), unsigned(a.H), unsigned((a.last - a.first + 1) * a.segments)), warps * 32,
@@ -483,19 +484,24 @@ void scan(const Args& a, int rows, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t scan_shared_bytes(int64_t K) { return K == 128 ? shared_bytes<128, 4, false>(2) : shared_bytes<64, 4, false>(2); }
+int64_t scan_shared_bytes(int64_t K) {
+  return K == 128 ? shared_bytes<128, 4, false>(2) : shared_bytes<64, 4, false>(2);
+}
 
 template <int K>
 void scan_chunks(const Args& a, int warps, cudaStream_t stream) {
-  if (warps == 8) scan<K, 8, false>(a, a.V, stream);
-  else scan<K, 4, false>(a, a.V, stream);
+  if (warps == 8)
+    scan<K, 8, false>(a, a.V, stream);
+  else
+    scan<K, 4, false>(a, a.V, stream);
 }
 template <int K>
 void summarise_segments(const Args& a, cudaStream_t stream) {
   scan<K, 4, true>(a, a.V + K, stream);
   constexpr int shared = (K * K + 2 * 16 * K) * int(sizeof(float));
   allow_shared(combine_kernel<K>, shared);
-  combine_kernel<K><<<dim3(unsigned(a.V / 16), unsigned(a.H), unsigned(a.last - a.first + 1)), K * 2, shared, stream>>>(a);
+  combine_kernel<K>
+      <<<dim3(unsigned(a.V / 16), unsigned(a.H), unsigned(a.last - a.first + 1)), K * 2, shared, stream>>>(a);
   check_launch("kda_prefill: segments");
 }
 template void scan_chunks<64>(const Args&, int, cudaStream_t);

@@ -4,6 +4,7 @@
 #   make test       build, then every test;    make asan, make tsan: the same under sanitizers
 #   make cuda       build with the CUDA backend (needs nvcc; build/cuda/kda); TARGETS=".." builds only those
 #   make bench      build, then every benchmark
+#   make bench-cuda build with CUDA, then tests and benchmarks on the GPU (MODEL=folder; tools/bench_cuda.sh)
 #   make fuzz       run each fuzz target for SECONDS (60)
 #   make install    install under PREFIX (/usr/local)
 #   make format     clang-format on every source file
@@ -31,10 +32,12 @@ release debug: setup
 	cmake --preset $@
 	cmake --build --preset $@ -j $(JOBS)
 
-cuda:
-	@$(SETUP) cuda
+cuda: setup
 	cmake --preset cuda
 	cmake --build --preset cuda -j $(JOBS) $(if $(TARGETS),--target $(TARGETS))
+
+bench-cuda: cuda
+	tools/bench_cuda.sh build/cuda $(MODEL)
 
 demo: release
 	tools/demo.sh build/release/kda
@@ -66,4 +69,4 @@ format:
 clean:
 	rm -rf build
 
-.PHONY: all setup release debug cuda demo test asan tsan bench fuzz install format clean
+.PHONY: all setup release debug cuda demo test asan tsan bench bench-cuda fuzz install format clean

@@ -250,18 +250,20 @@ def decode(deadline):
                 continue
             with torch.no_grad():
                 t = [x / layers for x in time_ms(graph_of(f).replay)]
-            emit(op="kda_decode", form=name, H=HEADS, K=WIDTH, V=WIDTH, N=B, layers=layers,
+            emit(op="kda_decode", form=name, H=HEADS, K=WIDTH, V=WIDTH, N=B, T_per_sequence=1, layers=layers,
                  state_tb_s=round(traffic / statistics.median(t) / 1e9, 3), **percentiles(t))
             log("decode", B, name)
 
 
 def pairs(path):
     ours = [json.loads(line) for line in Path(path).read_text().splitlines() if line.startswith("{")]
-    same = ("op", "gate", "case", "H", "K", "V", "N", "T_per_sequence")
-    key = lambda line: tuple(line.get(k) for k in same)
-    for theirs in LINES:
+    sizes = ("H", "K", "V", "N", "T_per_sequence")
+    same_of = {"kda_forward": ("op", "gate") + sizes, "kda_decode": ("op",) + sizes, "kda_error": ("op", "case", "form")}
+    key = lambda line, same: tuple(line.get(k) for k in same)
+    for theirs in list(LINES):
+        same = same_of.get(theirs["op"])
         for our in ours:
-            if our.get("by") == "peer" or key(our) != key(theirs):
+            if not same or our.get("by") == "peer" or key(our, same) != key(theirs, same):
                 continue
             line = {k: theirs[k] for k in same if k in theirs} | {"form": theirs.get("form")}
             for field in ("ms_p50", "error_o", "error_state"):

@@ -25,20 +25,11 @@ foreach(arch ${KDA_CUDA_ARCHS})
   endif()
 endforeach()
 
-# Headers of the cuDNN front end, for the one file that includes them.
-find_path(KDA_CUDNN_FRONTEND cudnn_frontend.h
-          HINTS ${CMAKE_CURRENT_SOURCE_DIR}/.cache/cudnn-frontend-1.32.0 PATH_SUFFIXES include)
-if(NOT KDA_CUDNN_FRONTEND)
-  message(FATAL_ERROR "KDA_CUDA=ON needs the headers of the cuDNN front end: run `tools/setup.sh cuda`, or give "
-                      "-DKDA_CUDNN_FRONTEND=the folder that holds cudnn_frontend.h.")
-endif()
-
 function(kda_use_cuda target)
   target_compile_options(${target} PRIVATE
     "$<$<COMPILE_LANGUAGE:CUDA>:${kda_cuda_flags};-lineinfo;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra,-Wshadow,-Wno-missing-field-initializers>")
   string(REPLACE ";" " " archs "${KDA_CUDA_ARCHS}")
   set_source_files_properties(src/kernels/cuda/backend.cu PROPERTIES COMPILE_DEFINITIONS "KDA_CUDA_ARCHS=\"${archs}\"")
   set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY None)
-  target_link_libraries(${target} PRIVATE CUDA::cudart_static kda_cublaslt kda_cudnn)
-  target_include_directories(${target} SYSTEM PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${KDA_CUDNN_FRONTEND}>")
+  target_link_libraries(${target} PRIVATE CUDA::cudart_static kda_cublaslt)
 endfunction()

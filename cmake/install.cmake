@@ -6,7 +6,7 @@ set(KDA_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/kda)
 install(TARGETS kda_lib EXPORT kdaTargets)
 if(TARGET kda)
   install(TARGETS kda)
-  set_target_properties(kda PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)  # cuBLASLt and cuDNN where they were found
+  set_target_properties(kda PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)  # cuBLASLt where it was found
   if(BUILD_SHARED_LIBS)
     set_target_properties(kda PROPERTIES INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}")
   endif()

@@ -1,9 +1,9 @@
-# What the CUDA backend links. The runtime is linked statically, so that a program starts where no driver is; cuBLASLt
-# and cuDNN are found in the toolkit or in NVIDIA's Python packages (nvidia/*/lib) and stay shared libraries. Read by
-# the project itself and, when the library is static, by kdaConfig.cmake of an installation.
+# What the CUDA backend links. The runtime is linked statically, so that a program starts where no driver is; cuBLASLt is
+# found in the toolkit or in NVIDIA's Python package (nvidia/*/lib) and stays a shared library. Read by the project
+# itself and, when the library is static, by kdaConfig.cmake of an installation.
 find_package(CUDAToolkit 12.8 REQUIRED)
 find_package(Python3 QUIET COMPONENTS Interpreter)
-set(KDA_CUDA_PYTHON "" CACHE PATH "site-packages folder whose nvidia/ holds cuBLAS and cuDNN, where the toolkit does not")
+set(KDA_CUDA_PYTHON "" CACHE PATH "site-packages folder whose nvidia/ holds cuBLAS, where the toolkit does not")
 set(kda_cuda_roots ${CUDAToolkit_LIBRARY_ROOT} ${CUDAToolkit_TARGET_DIR})
 foreach(site ${KDA_CUDA_PYTHON} ${Python3_SITELIB})
   file(GLOB found ${site}/nvidia/*)
@@ -30,4 +30,3 @@ function(kda_cuda_library target header package)
 endfunction()
 
 kda_cuda_library(kda_cublaslt cublasLt.h nvidia-cublas cublasLt libcublasLt.so.13 libcublasLt.so.12)
-kda_cuda_library(kda_cudnn cudnn.h nvidia-cudnn-cu13 cudnn libcudnn.so.9)

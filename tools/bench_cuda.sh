@@ -42,6 +42,7 @@ else
   echo "== fla is left out: $python has no PyTorch, Triton and fla-core" >&2
 fi
 device=$("$python" -c 'import json, re, sys
-print(re.sub("[^a-z0-9]+", "-", json.loads(open(sys.argv[1]).readline())["device"].lower()).strip("-"))' "$lines")
+name = json.loads(open(sys.argv[1]).readline())["device"].lower()
+print(re.sub("[^a-z0-9]+", "-", re.sub(" [0-9]+gb.*", "", name)).strip("-"))' "$lines")
 cat "$lines" >> "bench/results/$device.jsonl"
 "$python" -B tools/bench_table.py "bench/results/$device.jsonl" --into docs/CUDA.md

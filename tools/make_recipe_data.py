@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Makes the training text of the long distillation runs (docs/log) from the corpus that nano-teacher was trained on:
-    tools/make_recipe_data.py CORPUS OUT [--rows N] [--needles N] [--seed N]
-CORPUS holds train.jsonl.xz and synthetic.jsonl.xz. OUT gets text.jsonl (every N-th row with --every and --first),
-arithmetic.jsonl, and needle.jsonl: questions in the corpus' own form, with one needle in sentences drawn from the
-training text or in the corpus' noise, of lengths whose tokens fit a training sequence of 1,280. The evaluation's files
-are not read. Every choice is fixed by the seed."""
+    tools/make_recipe_data.py CORPUS OUT [--every N --first I] [--needles N] [--seed N]
+CORPUS holds train.jsonl.xz and synthetic.jsonl.xz. OUT gets text.jsonl (all rows, or rows I, I + N, ..), first.jsonl (the
+first 4,000 characters of each), arithmetic.jsonl, and needle.jsonl: questions in the corpus' own form, with one needle in
+sentences drawn from the training text or in the corpus' noise, of lengths whose tokens fit a training sequence of
+1,280. The evaluation's files are not read. Every choice is fixed by the seed."""
 import argparse
 import json
 import lzma
@@ -18,6 +18,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 # Characters of the haystack and how often each length is drawn; essays three times in four.
 LENGTHS, OFTEN = [800, 1500, 2200, 3000], [3, 2, 2, 6]
 ESSAYS = 0.75
+START = 4000  # characters of first.jsonl: 1,024 tokens and more
 
 
 def lines(path):
@@ -33,6 +34,12 @@ def sentences(rows):
             if 20 <= len(s) <= 400 and s.endswith("."):
                 out.append(s)
     return out
+
+
+def start_of(text):
+    if len(text) <= START:
+        return text
+    return text[: text.rfind("\n", 0, START) + 1 or START]
 
 
 def needle(rng, pool, names):
@@ -71,6 +78,7 @@ def main():
     rng = random.Random(a.seed)
     pool = sentences(text)
     write(a.out / "text.jsonl", text)
+    write(a.out / "first.jsonl", [{"source": r["source"], "text": start_of(r["text"])} for r in text])
     write(a.out / "arithmetic.jsonl", [r for r in made if r["source"] == "arithmetic"])
     write(a.out / "needle.jsonl", [{"source": "needle", "text": needle(rng, pool, names)} for _ in range(a.needles)])
 

@@ -49,7 +49,8 @@ inline Tensor random_tensor(Context& ctx, Dtype d, Shape s, float size = 1) {
       reinterpret_cast<float*>(host.data())[i] = v;
   }
   Tensor t = ctx.backend->alloc(d, s);
-  ctx.backend->upload(ctx, t.v.data, {host.data(), host.size()});
+  const Transfer all{t.v.data, {host.data(), host.size()}};
+  ctx.backend->upload(ctx, {&all, 1});
   return t;
 }
 

@@ -72,9 +72,11 @@ int main(int argc, char** argv) try {
   const auto upload = [&] {
     const auto file = MappedFile::open(path);
     const int64_t matrix = int64_t(90) << 20;  // as a model has them, one after the other
+    std::vector<Transfer> all;
     for (int64_t at = 0; at < bytes; at += matrix)
-      ctx.backend->upload(ctx, static_cast<char*>(there.v.data) + at,
-                          {file->data() + at, size_t(std::min(matrix, bytes - at)), file->descriptor(), at});
+      all.push_back({static_cast<char*>(there.v.data) + at,
+                     {file->data() + at, size_t(std::min(matrix, bytes - at)), file->descriptor(), at}});
+    ctx.backend->upload(ctx, all);
     ctx.wait();
   };
   for (const bool cold : {true, false, false}) {

@@ -96,6 +96,11 @@ struct HostBytes {
   int64_t offset = 0;  // in the file
 };
 
+struct Transfer {
+  void* to;  // in the backend's memory
+  HostBytes from;
+};
+
 // Work that was recorded once: run() makes the same launches on the same memory, with what its arrays hold then.
 class Recorded {
  public:
@@ -111,9 +116,9 @@ struct Backend {
   Tensor (*alloc)(Dtype, Shape);                                     // zeroed
   // Either way, in the order of the compute stream: src may be reused, and a dst on the host read, when it returns.
   void (*copy)(Context&, void* dst, const void* src, size_t bytes);
-  // Many bytes from pageable host memory or a file, near the speed of the slower of both sides; in the order of the
-  // compute stream, the source may be reused when it returns.
-  void (*upload)(Context&, void* dst, const HostBytes&);
+  // Many bytes from pageable host memory or files, near the speed of the slower of both sides where they come in one
+  // call; in the order of the compute stream, the sources may be reused when it returns.
+  void (*upload)(Context&, std::span<const Transfer>);
   // Records what `work` launches, without running it. nullptr where a backend runs at once.
   std::unique_ptr<Recorded> (*record)(Context&, const std::function<void()>& work);
   // Bytes of scratch: what X_workspace_bytes of kernels/X.h asks.

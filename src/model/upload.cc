@@ -102,6 +102,12 @@ Weights upload_weights(Context& ctx, Weights w, WeightFormat format,
 
   int64_t rounded = 0;
   std::string stored;
+  std::vector<Transfer> waiting;
+  std::vector<Tensor> sources;  // of what waits
+  const auto send = [&](void* to, const Tensor& host) {
+    const Transfer one{to, bytes_of(host)};
+    ctx.backend->upload(ctx, {&one, 1});
+  };
   for (const Item& i : items) {
     if (i.matrix && i.to->dtype() != Dtype::bf16) {
       ++rounded;
@@ -110,15 +116,22 @@ Weights upload_weights(Context& ctx, Weights w, WeightFormat format,
     const Tensor host = i.matrix ? as_bf16(*ctx.pool, *i.to) : *i.to;
     Tensor there = block.take(kept_as(i), host.shape());
     if (!i.scale) {
-      ctx.backend->upload(ctx, there.v.data, bytes_of(host));
+      waiting.push_back({there.v.data, bytes_of(host)});
+      sources.push_back(host);
+      if (host.storage != i.to->storage) {  // a rounded copy: not all of them at once
+        ctx.backend->upload(ctx, waiting);
+        waiting.clear();
+        sources.clear();
+      }
     } else {
       const View bf{wide.v.data, Dtype::bf16, host.shape()};
-      ctx.backend->upload(ctx, bf.data, bytes_of(host));
+      send(bf.data, host);
       *i.scale = block.take(Dtype::f32, {host.shape()[0]});
       quantize_rows(ctx, {.w = bf, .q = there, .scale = *i.scale});
     }
     *i.to = std::move(there);
   }
+  ctx.backend->upload(ctx, waiting);
   if (w.config.tied_head && format == WeightFormat::bf16) w.head.w = w.embedding;
   for (const Item& i : items) {
     if (!i.scale) continue;

@@ -51,7 +51,8 @@ TEST(CudaBackend, UploadsAnySize) {
     for (size_t i = 0; i < n; ++i) from[i] = uint8_t(i * 2654435761u >> 13);
     const auto want = from;
     const Tensor t = ctx.backend->alloc(Dtype::u8, {int64_t(n)});
-    ctx.backend->upload(ctx, t.v.data, {from.data(), n});
+    const Transfer all{t.v.data, {from.data(), n}};
+    ctx.backend->upload(ctx, {&all, 1});
     std::fill(from.begin(), from.end(), uint8_t(0));
     std::vector<uint8_t> back(n);
     ctx.backend->copy(ctx, back.data(), t.v.data, n);

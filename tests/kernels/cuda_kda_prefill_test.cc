@@ -214,16 +214,16 @@ TEST(CudaKdaPrefill, DoesNotReadWhatItMustNotAndSwallowsNoNan) {
   CudaContext ctx;
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (const int64_t K : {128, 20}) {
-    Prompt p("cuda/unread", {80}, 1, K, K);
+    Prompt p("cuda/unread", {140}, 1, K, K);
     p.pack.in = {-1};
     p.state.assign(p.state.size(), nan);
     expect_answer(expected(p), run(ctx, p), "zeros, not the slot");
     for (std::vector<float>* x : {&p.k, &p.f, &p.v}) {
-      const float was = std::exchange((*x)[size_t(40 * K + 3)], nan);
+      const float was = std::exchange((*x)[size_t(100 * K + 3)], nan);
       const auto got = run(ctx, p).o;
-      EXPECT_TRUE(std::isnan(got[size_t(79 * K + 3)])) << "a NaN must not be swallowed";
-      EXPECT_FALSE(std::isnan(got[size_t(31 * K)])) << "nor reach what came before it in another block of 16";
-      (*x)[size_t(40 * K + 3)] = was;
+      EXPECT_TRUE(std::isnan(got[size_t(139 * K + 3)])) << "a NaN must not be swallowed";
+      EXPECT_FALSE(std::isnan(got[size_t(63 * K)])) << "nor reach what came before its chunk";
+      (*x)[size_t(100 * K + 3)] = was;
     }
   }
 }
@@ -260,7 +260,7 @@ TEST(CudaKdaPrefill, FollowsTheRecurrenceOver100000Tokens) {
 TEST(CudaKdaPrefill, TheWorkspaceIsBoundedAndAskedFor) {
   KDA_NEEDS_CUDA();
   CudaContext ctx(64);
-  EXPECT_LE(kda_prefill_workspace_bytes(ctx, 1 << 20, 1, 20, 128, 128), size_t(512) << 20);
+  EXPECT_LE(kda_prefill_workspace_bytes(ctx, 1 << 20, 1, 20, 128, 128), size_t(896) << 20);
   EXPECT_GE(kda_prefill_workspace_bytes(ctx, 1 << 20, 1, 20, 128, 128),
             kda_prefill_workspace_bytes(ctx, 1 << 10, 1, 20, 128, 128));
   const Prompt p("cuda/work", {100}, 1, 128, 128);
@@ -294,7 +294,9 @@ TEST(CudaKdaPrefill, EveryFormAgrees) {
     for (const int segments : {1, 2, 3, 7})
       for (const int64_t pass_chunks : {1, 3, 8, 100}) {
         Call r(ctx, p);
-        cuda::kda_prefill_as(ctx, r.args, {.chunked = true, .pass_chunks = pass_chunks, .segments = segments});
+        const int warps = segments % 2 ? 4 : 8;
+        cuda::kda_prefill_as(ctx, r.args,
+                             {.chunked = true, .pass_chunks = pass_chunks, .segments = segments, .warps = warps});
         expect_answer(want, r.answer(), cat(segments, " segments, ", pass_chunks, " chunks a pass"));
       }
     Call r(ctx, p);
@@ -313,6 +315,9 @@ TEST(CudaKdaPrefill, TheFormIsChosenFromSizesAndTheChip) {
   EXPECT_EQ(plan(4, 8192, 20).segments, 1) << "enough chains";
   EXPECT_EQ(plan(1, 64, 20).segments, 1) << "too short to gain";
   EXPECT_EQ(plan(1, 8192, 66).segments, 1) << "one chain for each multiprocessor";
+  EXPECT_EQ(plan(4, 8192, 20).warps, 8) << "records far beyond the L2 cache";
+  EXPECT_EQ(plan(1, 8192, 20).warps, 4);
+  EXPECT_EQ(plan(4, 8192, 20, 128, 64).warps, 4) << "a block has no more rows than a head";
   EXPECT_FALSE(plan(1, 8192, 20, 96).chunked);
   EXPECT_FALSE(plan(1, 8192, 20, 128, 256).chunked);
   EXPECT_FALSE(plan(1, 8192, 20, 128, 128, 100 << 10).chunked) << "sm_86: too little shared memory";

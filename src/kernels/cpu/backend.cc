@@ -9,7 +9,9 @@ namespace kda {
 
 namespace {
 void copy(Context&, void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
-void upload(Context&, void* dst, const HostBytes& from) { std::memcpy(dst, from.data, from.bytes); }
+void upload(Context&, std::span<const Transfer> all) {
+  for (const Transfer& t : all) std::memcpy(t.to, t.from.data, t.from.bytes);
+}
 }  // namespace
 
 const Backend& cpu_backend() {

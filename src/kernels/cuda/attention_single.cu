@@ -14,10 +14,11 @@ namespace {
 
 using namespace tile;
 
-constexpr int kWarps = 4, kThreads = kWarps * 32, kRows = 16, kStages = 3;
+constexpr int kWarps = 4, kThreads = kWarps * 32, kRows = 16;
 constexpr int kBlock = kAttentionBlock, kBlocksOfSplit = kAttentionSplit / kAttentionBlock;
 
-template <int D>
+// kStages: blocks of keys and values that are here or on their way.
+template <int D, int kStages>
 struct Smem {
   __nv_bfloat16 k[kStages][kBlock * D], v[kStages][kBlock * D];
   __nv_bfloat16 q[kRows * D], p[kRows * kBlock];
@@ -42,11 +43,11 @@ __device__ void fetch_block(uint32_t to, const __nv_bfloat16* cache, const __nv_
 }
 
 // kWhole: one block of the grid walks all splits of its row tile and finishes the rows.
-template <int D, bool kWhole>
+template <int D, int kStages, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2) single_kernel(const AttentionCall a, const Parts parts) {
   constexpr int kN = D / 8 / kWarps;  // column tiles of o for each warp
   extern __shared__ __align__(128) unsigned char raw[];
-  Smem<D>& m = *reinterpret_cast<Smem<D>*>(raw);
+  auto& m = *reinterpret_cast<Smem<D, kStages>*>(raw);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   wait_for_previous();
   const int group = a.H / a.G, row_tiles = (group + kRows - 1) / kRows;
@@ -206,11 +207,13 @@ __global__ void __launch_bounds__(kThreads, 2) single_kernel(const AttentionCall
   }
 }
 
-// One row's splits, in rising order; a thread has two channels. The factors, which depend on maxima only, are found by
-// the first warp for many splits at once, so that the sums do not wait for exponentials.
+// One row's splits, in rising order; a thread of the first D / 2 has two channels. Many splits are loaded at once, and
+// the factors, which depend on maxima only, are found ahead: the sums wait for neither memory nor exponentials.
+constexpr int kMergeThreads = 256, kMany = 64;
+
 template <int D>
-__global__ void __launch_bounds__(D / 2) merge_kernel(const AttentionCall a, const Parts parts) {
-  constexpr int kMany = 128;
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const AttentionCall a, const Parts parts) {
+  __shared__ float4 loaded[kMany * D / 4];
   __shared__ Merge factors[kMany];
   __shared__ float sums[kMany];
   wait_for_previous();
@@ -218,12 +221,18 @@ __global__ void __launch_bounds__(D / 2) merge_kernel(const AttentionCall a, con
   if (a.start[n + 1] == token || a.slot[n] < 0 || a.past[n] >= a.capacity) return;
   const int splits = a.past[n] / kAttentionSplit + 1;
   const int64_t at = (int64_t(n) * a.H + h) * a.splits;
-  const float2* from = reinterpret_cast<const float2*>(parts.o + at * D) + threadIdx.x;
+  const bool adds = threadIdx.x < D / 2;
   float carried = kMinusInfinity, sum = 0;
   float2 o{0, 0};
   for (int first = 0; first < splits; first += kMany) {
     const int count = min(kMany, splits - first);
+    const float4* from = reinterpret_cast<const float4*>(parts.o + (at + first) * D);
     __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kMany * D / 4 / kMergeThreads; ++k) {
+      const int i = k * kMergeThreads + int(threadIdx.x);
+      if (i < count * D / 4) loaded[i] = from[i];
+    }
     for (int i = lane; threadIdx.x < 32 && i - lane < count; i += 32) {
       const float2 mine = i < count ? parts.most_sum[at + first + i] : float2{kMinusInfinity, 0};
       float top = mine.x;  // of the splits up to this one
@@ -237,34 +246,38 @@ __global__ void __launch_bounds__(D / 2) merge_kernel(const AttentionCall a, con
       if (i < count) factors[i] = merge(before, mine.x, a.scale_log2), sums[i] = mine.y;
     }
     __syncthreads();
-#pragma unroll 16
-    for (int s = 0; s < count; ++s) {
-      const float2 part = from[int64_t(first + s) * (D / 2)];
+    const float2* part = reinterpret_cast<const float2*>(loaded) + threadIdx.x;
+#pragma unroll 8
+    for (int s = 0; adds && s < count; ++s) {
       const Merge m = factors[s];
+      const float2 x = part[s * (D / 2)];
       sum = merged(sum, sums[s], m);
-      o = {merged(o.x, part.x, m), merged(o.y, part.y, m)};
+      o = {merged(o.x, x.x, m), merged(o.y, x.y, m)};
     }
   }
+  if (!adds) return;
   const float by = __frcp_rn(sum);
   reinterpret_cast<uint32_t*>(a.o + (int64_t(token) * a.H + h) * D)[threadIdx.x] =
       pair(__fmul_rn(o.x, by), __fmul_rn(o.y, by));
 }
 
-template <int D>
+template <int D, int kStages>
 void run(Context& ctx, const AttentionCall& a, void* scratch, int blocks) {
+  constexpr size_t kSmem = sizeof(Smem<D, kStages>);
   const int64_t row_tiles = ceil_div(a.H / a.G, kRows), pairs = a.G * row_tiles * a.N;
   const auto grid = [&](int64_t beside) { return dim3(unsigned(beside), unsigned(a.G * row_tiles), unsigned(a.N)); };
   const char* op = "attention of single tokens";
   if (!scratch) {
-    allow_shared(single_kernel<D, true>, sizeof(Smem<D>));
-    return launch_early(op, ctx, grid(1), kThreads, sizeof(Smem<D>), single_kernel<D, true>, a, Parts{});
+    const auto kernel = single_kernel<D, kStages, true>;
+    allow_shared(kernel, kSmem);
+    return launch_early(op, ctx, grid(1), kThreads, kSmem, kernel, a, Parts{});
   }
   float* o = static_cast<float*>(scratch);
   const Parts parts{o, reinterpret_cast<float2*>(o + int64_t(a.N) * a.H * a.splits * D)};
-  allow_shared(single_kernel<D, false>, sizeof(Smem<D>));
-  launch_early(op, ctx, grid(std::min<int64_t>(a.splits, ceil_div(blocks, pairs))), kThreads, sizeof(Smem<D>),
-               single_kernel<D, false>, a, parts);
-  launch_early(op, ctx, dim3(unsigned(a.H), unsigned(a.N)), D / 2, 0, merge_kernel<D>, a, parts);
+  const auto kernel = single_kernel<D, kStages, false>;
+  allow_shared(kernel, kSmem);
+  launch_early(op, ctx, grid(std::min<int64_t>(a.splits, ceil_div(blocks, pairs))), kThreads, kSmem, kernel, a, parts);
+  launch_early(op, ctx, dim3(unsigned(a.H), unsigned(a.N)), kMergeThreads, 0, merge_kernel<D>, a, parts);
 }
 
 }  // namespace
@@ -274,7 +287,10 @@ size_t attention_split_bytes(int64_t tokens, int64_t H, int64_t d, int64_t capac
 }
 
 void attention_single(Context& ctx, const AttentionCall& a, void* scratch, int blocks) {
-  a.d == 64 ? run<64>(ctx, a, scratch, blocks) : run<128>(ctx, a, scratch, blocks);
+  if (a.d == 64) return run<64, 3>(ctx, a, scratch, blocks);
+  // sm_86 and sm_89 have no room for three stages
+  const bool room = device_of(ctx).properties.sharedMemPerBlockOptin >= sizeof(Smem<128, 3>);
+  room ? run<128, 3>(ctx, a, scratch, blocks) : run<128, 2>(ctx, a, scratch, blocks);
 }
 
 }  // namespace kda::cuda

@@ -14,7 +14,7 @@ namespace kda::cuda {
 namespace {
 
 using bf = __nv_bfloat16;
-constexpr int kRun = 8, kAhead = 8, kThreads = 64, kBlocks = 9;  // kBlocks: on a multiprocessor at a time
+constexpr int kRun = 8, kAhead = 8, kThreads = 64, kBlocks = 10;  // kBlocks: on a multiprocessor at a time
 
 struct Args {
   const bf* x;
@@ -24,6 +24,7 @@ struct Args {
   int64_t C, channels;
   const int32_t *start, *in, *out;
   const StateMark* marks;
+  unsigned groups;     // blocks side by side have one run's channels: whole rows of x at a time
   int N, runs, empty;  // rows of the grid: runs, then (empty ? N : 0) sequences without tokens, then marks
 };
 
@@ -67,11 +68,11 @@ __device__ void leave_window(bf* to, const bf* before, const bf* x, int64_t T, i
 
 template <int n>
 __global__ void __launch_bounds__(kThreads, kBlocks) conv(Args a) {
-  const int64_t c = (int64_t(blockIdx.y) * kThreads + threadIdx.x) * n;
+  const int64_t c = (int64_t(blockIdx.x % a.groups) * kThreads + threadIdx.x) * n;
   if (c >= a.C) return;
   const bf* x = a.x + c;
   bf* window = a.window + c;
-  int row = int(blockIdx.x);
+  int row = int(blockIdx.x / a.groups);
   if (row >= a.runs) {
     row -= a.runs;
     if (row < a.empty) {
@@ -150,26 +151,27 @@ void conv_silu(Context& ctx, const Conv& a) {
   if (C == 0 || N == 0) return;
   bool empty = false;
   for (int64_t s = 0; s < N; ++s) empty |= a.packing.host_start[size_t(s)] == a.packing.host_start[size_t(s) + 1];
-  const Args args{.x = bf16_of(a.x),
-                  .w = a.w.as<float>(),
-                  .window = bf16_of(a.window) + a.channel,
-                  .y = bf16_of(a.y),
-                  .C = C,
-                  .channels = channels,
-                  .start = a.packing.start,
-                  .in = a.slots.in,
-                  .out = a.slots.out,
-                  .marks = a.marks.device,
-                  .N = int(N),
-                  .runs = int(ceil_div(T, kRun)),
-                  .empty = empty ? int(N) : 0};
+  Args args{.x = bf16_of(a.x),
+            .w = a.w.as<float>(),
+            .window = bf16_of(a.window) + a.channel,
+            .y = bf16_of(a.y),
+            .C = C,
+            .channels = channels,
+            .start = a.packing.start,
+            .in = a.slots.in,
+            .out = a.slots.out,
+            .marks = a.marks.device,
+            .groups = 1,
+            .N = int(N),
+            .runs = int(ceil_div(T, kRun)),
+            .empty = empty ? int(N) : 0};
   const int64_t rows = args.runs + args.empty + int64_t(a.marks.host.size());
   const bool wide = C % 8 == 0 && channels % 8 == 0 && aligned(args.x, 16) && aligned(args.y, 16) &&
                     aligned(args.window, 16) && aligned(args.w, 16);
   const int64_t n = wide ? 8 : 1;
-  const int64_t groups = ceil_div(C, n * kThreads);
-  KDA_CHECK(groups < 65536, "conv_silu: at most ", 65535 * n * kThreads, " channels a call, got ", C);
-  const dim3 grid{unsigned(rows), unsigned(groups)};
+  args.groups = unsigned(ceil_div(C, n * kThreads));
+  KDA_CHECK(rows * args.groups < int64_t(1) << 31, "conv_silu: [", T, ",", C, "] is too much for one call");
+  const auto grid = unsigned(rows * args.groups);
   launch("conv_silu", ctx, grid, kThreads, 0, wide ? conv<8> : conv<1>, args);
 }
 

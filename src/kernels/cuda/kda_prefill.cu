@@ -9,7 +9,8 @@
 namespace kda::cuda {
 namespace {
 
-constexpr int64_t kPassBytes = int64_t(384) << 20;  // of records; 17,700 tokens at H = 20, K = V = 128
+constexpr int64_t kPassBytes = int64_t(768) << 20;  // of records; 35,000 tokens at H = 20, K = V = 128
+constexpr int64_t kFarBytes = int64_t(256) << 20;   // of records; measured between 200 and 775 MB
 constexpr int64_t kScanRows = 64;                   // of a state, in one block
 
 int64_t round_256(int64_t n) { return (n + 255) / 256 * 256; }
@@ -45,7 +46,7 @@ void run(Context& ctx, prefill::Args a, std::span<const int32_t> start, const Pr
     a.carry_out = reinterpret_cast<float*>(carry[1 - (pass & 1)]);
     prefill::prepare_chunks<K>(a, stream_of(ctx));
     if (a.segments > 1) prefill::summarise_segments<K>(a, stream_of(ctx));
-    prefill::scan_chunks<K>(a, stream_of(ctx));
+    prefill::scan_chunks<K>(a, plan.warps, stream_of(ctx));
   }
 }
 
@@ -69,6 +70,8 @@ PrefillPlan plan_prefill(int sms, int64_t shared_bytes, int64_t T, int64_t N, in
     const double cost = 1.65 * double(ceil_div(chunks, s)) + 3 * double(s) + 10;
     if (cost < best) best = cost, p.segments = int(s);
   }
+  // Two blocks of rows share what comes of a chunk: pays once that comes from memory and not from the L2 cache.
+  if (V == 128 && 4 * N * H * p.segments > sms && p.pass_chunks * H * record_bytes(K, V) > kFarBytes) p.warps = 8;
   return p;
 }
 

@@ -40,23 +40,27 @@ struct Args {
   float* summaries;  // [last-first+1, segments-1, H, V+K, K]: what a segment adds, [V,K], and what it does, [K,K]
 };
 
-// What the first phase leaves of one chunk and head for the second: bytes of each part.
-//   W   -T K^ as B fragments: [token/8][K/32][lane] of 16 bytes      fp16
-//   K'  [token][K], units of 16 bytes at unit ^ (token & 7)          fp16
-//   E   [K] the chunk's whole decay                                  f32
-//   P   as B fragments: [token/8][2][lane] of 16 bytes               fp16
-//   Q^  like K'
+// What the first phase leaves of one chunk and head for the second: bytes of each part. The matrices are tiles of 64
+// fp16 columns, rows of 128 bytes, units of 16 bytes at unit ^ (row & 7): what wgmma calls the 128-byte swizzle.
+//   W   -T K^, [token][K]
+//   K'  [token][K]
+//   E   [K] the chunk's whole decay                                                           f32
+//   P   [token][token]
+//   Q^  [token][K]
 //   U0  as accumulators: [V/16][4][lane] of 16 bytes, times a power of two for each 16 values   fp16
-//   and the inverse of that power: [V/16]                            f32
+//   and the inverse of that power: [V/16]                                                     f32
 template <int K>
 struct Record {
-  static constexpr int64_t w = 0, k = 64 * K * 2, e = 2 * k, p = e + K * 4, q = p + 64 * 64 * 2, u = q + 64 * K * 2;
+  static constexpr int64_t w = 0, k = 64 * K * 2, e = 2 * k, p = e + 1024, q = p + 64 * 64 * 2, u = q + 64 * K * 2;
   static constexpr int64_t summary = p;  // what the state alone needs: W, K', E
   static __host__ __device__ int64_t scale(int64_t V) { return u + 64 * V * 2; }
   static __host__ __device__ int64_t bytes(int64_t V) { return scale(V) + 64; }
 };
 
 #ifdef __CUDACC__
+
+// Where unit u of row r lies in a matrix of 64 rows as above.
+__device__ inline int tile_at(int r, int u) { return (u >> 3) * 8192 + r * 128 + (((u ^ r) & 7) * 16); }
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -151,9 +155,9 @@ __device__ inline Range range_of(const Args& a, int n) {
 // Records of all chunks of the pass.
 template <int K>
 void prepare_chunks(const Args&, cudaStream_t);
-// Outputs and states, one sequence (or segment) after another chunk by chunk.
+// Outputs and states, chunk after chunk of each sequence or segment. warps: 16 rows of a state each, 4 or 8 in a block.
 template <int K>
-void scan_chunks(const Args&, cudaStream_t);
+void scan_chunks(const Args&, int warps, cudaStream_t);
 // What each segment but the last adds to a state and does to it; then the state that each but the first starts from.
 template <int K>
 void summarise_segments(const Args&, cudaStream_t);

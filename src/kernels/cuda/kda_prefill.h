@@ -11,6 +11,7 @@ struct PrefillPlan {
   bool chunked = false;
   int64_t pass_chunks = 0;  // chunk numbers in one pass: what the workspace holds
   int segments = 1;
+  int warps = 4;  // in a block of the chain: 16 rows of a state each, 4 or (V = 128) 8
 };
 
 // sms: multiprocessors; shared_bytes: that a block may ask for; longest: tokens of the longest sequence.

@@ -8,18 +8,23 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kStride = 68;  // floats from row to row of the solve's matrices: fragments without bank conflicts
 
 // Shared memory. Three levels of scaled rows (pairs at least 8, 16 and 32 tokens apart): k of 64 tokens, q of the 32
-// that are rows; later the solve's matrices and v. Then K^, the scores, beta.
+// that are rows; later the solve's matrices and v. Then K^ and the scores. beta lies in the first rows of P, in columns
+// that no fragment of P has.
 template <int K>
 struct Layout {
   static constexpr int row = K * 2, level = 96 * row;
   // over the levels, once the scores are there
-  static constexpr int X = 0, product = X + 64 * 64 * 4, T = product, T_high = T + 64 * 128, T_low = T_high + 64 * 128;
-  static constexpr int v = T_low + 64 * 128, solve = v + 64 * 256;
-  static constexpr int keys = 3 * level > solve ? 3 * level : solve, L = keys + 64 * row, P = L + 64 * 64 * 4;
-  static constexpr int beta = P + 64 * 64 * 2, bytes = beta + 64 * 4;
+  static constexpr int X = 0, product = X + 64 * kStride * 4, T = product + 32 * kStride * 4, T_high = T + 64 * 128;
+  static constexpr int T_low = T_high + 64 * 128, v = T_low + 64 * 128, solve = v + 64 * 256;
+  static constexpr int keys = 3 * level > solve ? 3 * level : solve, L = keys + 64 * row, P = L + 64 * kStride * 4;
+  static constexpr int bytes = P + 64 * 64 * 2;
 };
+// Two blocks share a multiprocessor of sm_90 (227 KB, 1 KB of each block for the system).
+static_assert(Layout<128>::bytes <= (228 * 1024) / 2 - 1024);
+
 __device__ inline float shuffled(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 __device__ inline __half2 shuffled(__half2 x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
@@ -37,17 +42,28 @@ __device__ inline void fold(T (&x)[size], int lane) {
   }
 }
 
+// n bf16 values as they lie in memory.
 template <int n>
-__device__ inline void load_bf16(float (&x)[n], const __nv_bfloat16* p) {
-  if constexpr (n == 4) {
-    const uint2 bits = *reinterpret_cast<const uint2*>(p);
-    x[0] = __uint_as_float(bits.x << 16), x[1] = __uint_as_float(bits.x & 0xffff0000u);
-    x[2] = __uint_as_float(bits.y << 16), x[3] = __uint_as_float(bits.y & 0xffff0000u);
-  } else {
-    const uint32_t bits = *reinterpret_cast<const uint32_t*>(p);
-    x[0] = __uint_as_float(bits << 16), x[1] = __uint_as_float(bits & 0xffff0000u);
+struct Raw {
+  uint32_t bits[n / 2];
+  __device__ void load(const __nv_bfloat16* p) {
+    if constexpr (n == 4) {
+      const uint2 x = *reinterpret_cast<const uint2*>(p);
+      bits[0] = x.x, bits[1] = x.y;
+    } else {
+      bits[0] = *reinterpret_cast<const uint32_t*>(p);
+    }
   }
-}
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) bits[i] = 0;
+  }
+  __device__ void widen(float (&x)[n]) const {
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i)
+      x[2 * i] = __uint_as_float(bits[i] << 16), x[2 * i + 1] = __uint_as_float(bits[i] & 0xffff0000u);
+  }
+};
 
 // A lane's C channels of one token, as fp16.
 template <int C>
@@ -78,8 +94,8 @@ struct Channels {
 
 // Log of the decay, base 2; a = exp(A_log). What log2(1 + e) would lose of a small e comes from its series.
 __device__ inline float softplus_log2(float z, float a) {
-  const float e = exp2_fast(-fabsf(z) * kLog2e), small = kLog2e * e * (1.0f - e * (0.5f - e * (1.0f / 3)));
-  return -a * (fmaxf(z, 0.0f) * kLog2e + (e < 0x1p-7f ? small : log2_fast(1.0f + e)));
+  const float y = z * kLog2e, e = exp2_fast(-fabsf(y)), small = e * (kLog2e - e * (kLog2e / 2 - e * (kLog2e / 3)));
+  return -a * (fmaxf(y, 0.0f) + (e < 0x1p-7f ? small : log2_fast(1.0f + e)));
 }
 __device__ inline float bounded_log2(float z, float a, float lower) {
   const float e = exp2_fast(-fabsf(a * z) * kLog2e), s = __fdividef(1.0f, 1.0f + e);
@@ -94,7 +110,7 @@ __device__ inline int at(int r, int u) {
 // The same for [64,64] halves.
 __device__ inline int at64(int r, int u) { return r * 128 + ((u ^ (r & 7)) * 16); }
 // [64,64] floats: the index of row r, column c.
-__device__ inline int at_f(int r, int c) { return r * 64 + (c ^ ((r & 7) * 4)); }
+__device__ inline int at_f(int r, int c) { return r * kStride + c; }
 
 // One tile of scores: rows of two tables of scaled rows (row_address: this lane's row of A), columns col0 .. col0+7.
 template <int K>
@@ -112,11 +128,8 @@ __device__ inline void score_tile(float (&c)[4], uint32_t base, int a_row, int b
   }
 }
 
-__device__ inline uint32_t tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
+// The upper 11 bits of a product's operand; mma drops the rest itself.
+__device__ inline uint32_t tf32(float x) { return __float_as_uint(x) & 0xffffe000u; }
 __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -131,9 +144,9 @@ __device__ inline void product8(float (&c)[4], const float* a, int ar, int ac, c
   const float y[2] = {b[at_f(br + t, bc + g)], b[at_f(br + 4 + t, bc + g)]};
   uint32_t xh[4], xl[4], yh[2], yl[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) xh[i] = tf32(x[i]), xl[i] = tf32(x[i] - __uint_as_float(xh[i]));
+  for (int i = 0; i < 4; ++i) xh[i] = tf32(x[i]), xl[i] = __float_as_uint(x[i] - __uint_as_float(xh[i]));
 #pragma unroll
-  for (int i = 0; i < 2; ++i) yh[i] = tf32(y[i]), yl[i] = tf32(y[i] - __uint_as_float(yh[i]));
+  for (int i = 0; i < 2; ++i) yh[i] = tf32(y[i]), yl[i] = __float_as_uint(y[i] - __uint_as_float(yh[i]));
   mma_tf32(c, xl, yh);
   mma_tf32(c, xh, yl);
   mma_tf32(c, xh, yh);
@@ -141,6 +154,20 @@ __device__ inline void product8(float (&c)[4], const float* a, int ar, int ac, c
 __device__ inline void put8(float* to, int r, int c, const float (&x)[4], float by, int g, int t) {
   *reinterpret_cast<float2*>(to + at_f(r + g, c + 2 * t)) = make_float2(by * x[0], by * x[1]);
   *reinterpret_cast<float2*>(to + at_f(r + 8 + g, c + 2 * t)) = make_float2(by * x[2], by * x[3]);
+}
+
+// x[i] of lane j of a quad to x[j] of lane i
+__device__ inline void transpose_quad(uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int m = 1; m <= 2; m *= 2) {
+    const bool upper = lane & m;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & m) continue;
+      const uint32_t low = x[i], high = x[i + m], got = __shfl_xor_sync(~0u, upper ? low : high, m);
+      x[i] = upper ? got : low, x[i + m] = upper ? high : got;
+    }
+  }
 }
 
 template <int K>
@@ -151,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
   char* const keys = shared + M::keys;
   float* const L = reinterpret_cast<float*>(shared + M::L);
   char* const P = shared + M::P;
-  float* const beta = reinterpret_cast<float*>(shared + M::beta);
+  const auto beta = [&](int t) -> float& { return *reinterpret_cast<float*>(P + (t >> 4) * 128 + 64 + (t & 15) * 4); };
   float* const sums = L;  // [8][K] until the scores come
 
   const int64_t slot = a.from + blockIdx.x;
@@ -160,44 +187,51 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
   const int64_t chunk = slot - first_slot(a.start[n], n), token0 = a.start[n] + chunk * kChunk;
   if (token0 >= a.start[n + 1]) return;
   const int count = int(a.start[n + 1] - token0 < kChunk ? a.start[n + 1] - token0 : kChunk);
-  const int tid = int(threadIdx.x), w = tid >> 5, lane = tid & 31;
+  const int tid = int(threadIdx.x), lane = tid & 31;
+  const int w = __shfl_sync(~0u, tid >> 5, 0);  // the same in all lanes: branches on it are the warp's
   char* const record = a.records + (int64_t(blockIdx.x) * H + h) * Record<K>::bytes(V);
 
   // ---- this warp's 8 tokens, this lane's C channels: q and k at unit length, decays
   const int ch = lane * C;
   Channels<C> q[8], k[8];
   float d[8][C];
-  if (tid < 64) {
-    const float x = tid < count ? __bfloat162float(a.b[(token0 + tid) * H + h]) : 0.0f;
-    beta[tid] = tid < count ? a.beta_scale / (1.0f + expf(-x)) : 0.0f;
-  }
+  Raw<C> f[8];
   {
-    float qf[8][C], kf[8][C], x[16];
+    Raw<C> qr[8], kr[8];
+    const int64_t row = int64_t(H) * K, from = ((token0 + 8 * w) * H + h) * K + ch;
+    const int last = max(count - 1 - 8 * w, -8 * w);  // a token that is there
 #pragma unroll
-    for (int t = 0; t < 8; ++t) {
-      const int token = 8 * w + t;
-      const int64_t from = ((token0 + token) * H + h) * K + ch;
-      if (token < count) {
-        load_bf16(qf[t], a.q + from);
-        load_bf16(kf[t], a.k + from);
-        load_bf16(d[t], a.f + from);
-      } else {
+    for (int t = 0; t < 8; ++t) qr[t].load(a.q + from + min(t, last) * row);
 #pragma unroll
-        for (int c = 0; c < C; ++c) qf[t][c] = kf[t][c] = d[t][c] = 0;
-      }
+    for (int t = 0; t < 8; ++t) kr[t].load(a.k + from + min(t, last) * row);
+#pragma unroll
+    for (int t = 0; t < 8; ++t) f[t].load(a.f + from + min(t, last) * row);
+    if (tid < 64) {
+      const float x = tid < count ? __bfloat162float(a.b[(token0 + tid) * H + h]) : 0.0f;
+      beta(tid) = tid < count ? a.beta_scale / (1.0f + expf(-x)) : 0.0f;
     }
+    if (count < kChunk) {
+#pragma unroll
+      for (int t = 0; t < 8; ++t)
+        if (t > last) qr[t].clear(), kr[t].clear(), f[t].clear();
+    }
+    float x[16];
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
+      float qf[C], kf[C];
+      qr[t].widen(qf), kr[t].widen(kf);
       x[t] = x[8 + t] = 0;
 #pragma unroll
-      for (int c = 0; c < C; ++c) x[t] += qf[t][c] * qf[t][c], x[8 + t] += kf[t][c] * kf[t][c];
+      for (int c = 0; c < C; ++c) x[t] += qf[c] * qf[c], x[8 + t] += kf[c] * kf[c];
     }
     fold<16>(x, lane);
     const float r = rsqrtf(x[0] + shuffled(x[0], 16) + kL2NormEps);
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
-      q[t].set(qf[t], __shfl_sync(~0u, r, t));
-      k[t].set(kf[t], __shfl_sync(~0u, r, 8 + t));
+      float qf[C], kf[C];
+      qr[t].widen(qf), kr[t].widen(kf);
+      q[t].set(qf, __shfl_sync(~0u, r, t));
+      k[t].set(kf, __shfl_sync(~0u, r, 8 + t));
     }
   }
   {
@@ -207,13 +241,15 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
     for (int c = 0; c < C; ++c) bias[c] = a.dt_bias[h * K + ch + c], sum[c] = 0;
     const auto decays = [&](auto log2_of) {
 #pragma unroll
-      for (int t = 0; t < 8; ++t)
+      for (int t = 0; t < 8; ++t) {
+        f[t].widen(d[t]);
 #pragma unroll
         for (int c = 0; c < C; ++c) {
           const float x = log2_of(d[t][c] + bias[c], 8 * w + t < count);
           sum[c] += x;
           d[t][c] = exp2_fast(x);
         }
+      }
     };
     // Tokens beyond the sequence's end leave a state alone.
     if (a.bounded)
@@ -267,50 +303,48 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
       f16.set(s16, 1), f32.set(s32, 1), before.set(start, 1), behind.set(end, 1);
     }
     const int unit = ch / 8, byte = (ch % 8) * 2;
+    const auto at_row = [&](int r, int t) { return at<K>(8 * r + t, unit) + byte; };  // of 8 rows, the t-th
     // p: what reaches each token of the state at the 8's start; then what of its write is left at their end.
-    float p[C];
-    Channels<C> ph;
+    Channels<C> p[8];
+    float whole[C];
 #pragma unroll
-    for (int c = 0; c < C; ++c) p[c] = 1;
+    for (int c = 0; c < C; ++c) whole[c] = 1;
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
-      const int row = at<K>(8 * w + t, unit) + byte, q8 = at<K>(64 + 8 * (w >> 1) + t, unit) + byte;
-      const int q16 = at<K>(64 + 8 * ((w >> 2) * 2 + (w & 1)) + t, unit) + byte,
-                q32 = at<K>(64 + 8 * (w & 3) + t, unit) + byte;
 #pragma unroll
-      for (int c = 0; c < C; ++c) p[c] *= d[t][c];
-      ph.set(p, 1);
-      if (w & 1) {
-        (k[t] * ph).store(shared + row);
-        (q[t] * ph).store(shared + q8);
-      }
-      if (w & 2) {
-        const Channels<C> x = ph * f16;
-        (k[t] * x).store(shared + M::level + row);
-        (q[t] * x).store(shared + M::level + q16);
-      }
-      if (w & 4) {
-        const Channels<C> x = ph * f32;
-        (k[t] * x).store(shared + 2 * M::level + row);
-        (q[t] * x).store(shared + 2 * M::level + q32);
-      }
-      const Channels<C> x = ph * before;
-      (k[t] * x).store(keys + row);
-      (q[t] * x).store(record + Record<K>::q + row);
+      for (int c = 0; c < C; ++c) whole[c] *= d[t][c];
+      p[t].set(whole, 1);
+      const Channels<C> x = p[t] * before;
+      (k[t] * x).store(keys + at_row(w, t));
+      (q[t] * x).store(record + Record<K>::q + tile_at(8 * w + t, unit) + byte);
     }
+    const auto rows = [&](int level, int r, auto scaled) {
 #pragma unroll
-    for (int c = 0; c < C; ++c) p[c] = 1;
+      for (int t = 0; t < 8; ++t) {
+        const Channels<C> x = scaled(t);
+        (k[t] * x).store(shared + level * M::level + at_row(w, t));
+        (q[t] * x).store(shared + level * M::level + at_row(8 + r, t));
+      }
+    };
+    if (w & 1) rows(0, w >> 1, [&](int t) { return p[t]; });
+    if (w & 2) rows(1, (w >> 2) * 2 + (w & 1), [&](int t) { return p[t] * f16; });
+    if (w & 4) rows(2, w & 3, [&](int t) { return p[t] * f32; });
+#pragma unroll
+    for (int c = 0; c < C; ++c) whole[c] = 1;
 #pragma unroll
     for (int t = 7; t >= 0; --t) {
-      const int row = at<K>(8 * w + t, unit) + byte;
-      ph.set(p, 1);
-      if (!(w & 1)) (k[t] * ph).store(shared + row);
-      if (!(w & 2)) (k[t] * (ph * f16)).store(shared + M::level + row);
-      if (!(w & 4)) (k[t] * (ph * f32)).store(shared + 2 * M::level + row);
-      (k[t] * (ph * behind)).store(record + Record<K>::k + row);
+      p[t].set(whole, 1);
+      (k[t] * (p[t] * behind)).store(record + Record<K>::k + tile_at(8 * w + t, unit) + byte);
 #pragma unroll
-      for (int c = 0; c < C; ++c) p[c] *= d[t][c];
+      for (int c = 0; c < C; ++c) whole[c] *= d[t][c];
     }
+    const auto columns = [&](int level, auto scaled) {
+#pragma unroll
+      for (int t = 0; t < 8; ++t) (k[t] * scaled(t)).store(shared + level * M::level + at_row(w, t));
+    };
+    if (!(w & 1)) columns(0, [&](int t) { return p[t]; });
+    if (!(w & 2)) columns(1, [&](int t) { return p[t] * f16; });
+    if (!(w & 4)) columns(2, [&](int t) { return p[t] * f32; });
   }
 
   // ---- pairs within 8 tokens: products of the decays themselves. {L,P} of 28 pairs i < t and P of two tokens with
@@ -350,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
     for (int row = 7; row > 0; --row)
       if (t >= row && i == 7 - row) t -= row, ++i;
     t += 8 * w + i + 1, i += 8 * w;
-    L[at_f(t, i)] = beta[t] * __low2float(near[0]);
+    L[at_f(t, i)] = beta(t) * __low2float(near[0]);
     p_at(t, i) = __high2half(near[0]);
   } else {
     const int t = 8 * w + 2 * (lane - 28);
@@ -363,11 +397,11 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
     if (is_q)
       *reinterpret_cast<uint32_t*>(P + at64(t, i / 8) + (i % 8) * 2) = half2_bits(c[0], c[1]);
     else
-      *reinterpret_cast<float2*>(L + at_f(t, i)) = make_float2(beta[t] * c[0], beta[t] * c[1]);
+      *reinterpret_cast<float2*>(L + at_f(t, i)) = make_float2(beta(t) * c[0], beta(t) * c[1]);
     if (is_q8)
       *reinterpret_cast<uint32_t*>(P + at64(t8, i / 8) + (i % 8) * 2) = half2_bits(c[2], c[3]);
     else
-      *reinterpret_cast<float2*>(L + at_f(t8, i)) = make_float2(beta[t8] * c[2], beta[t8] * c[3]);
+      *reinterpret_cast<float2*>(L + at_f(t8, i)) = make_float2(beta(t8) * c[2], beta(t8) * c[3]);
   };
   {
     float c[4];
@@ -393,12 +427,9 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
       const int t = 16 * w + 8 + g;
       score_tile<K>(c, base, (lane & 8 ? 64 + 8 * w : 16 * w + 8) + (lane & 7), 16 * w + (lane & 7), lane);
       put(c, t, t, 16 * w + 2 * tq, false, true);
-    } else {  // above P's diagonal blocks nothing was written: zeros for the fragments
-      for (int i = tid - 128; i < 64 * 8; i += 128) {
-        const int r = i >> 3, u = i & 7;
-        if (u > r / 8) *reinterpret_cast<uint4*>(P + at64(r, u)) = make_uint4(0, 0, 0, 0);
-      }
-      for (int i = tid - 128; i < 64; i += 128)
+    } else {  // above the diagonal in P's blocks of 8
+      const int i = tid - 128;
+      if (i < 64)
         for (int c8 = i % 8 + 1; c8 < 8; ++c8)
           *reinterpret_cast<__half*>(P + at64(i, i / 8) + c8 * 2) = __float2half(0.0f);
     }
@@ -407,9 +438,9 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
 
   // ---- v comes while the solve runs; the levels are over
   {
-    const int units = V / 8;
-    for (int i = tid; i < 64 * units; i += kThreads) {
-      const int r = i / units, u = i % units;
+    const int shift = V == 128 ? 4 : 3;
+    for (int i = tid; i < 64 << shift; i += kThreads) {
+      const int r = i >> shift, u = i & ((1 << shift) - 1);
       const bool there = r < count;
       copy_async_or_zero(base + M::v + r * V * 2 + ((u ^ (r & 7)) * 16),
                          a.v + ((token0 + (there ? r : 0)) * H + h) * V + u * 8, there);
@@ -437,15 +468,11 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
       X[at_f(r0 + t, r0 + col)] = s;
     }
   } else {
-    // fragments of P to the record meanwhile
+    // P to the record meanwhile, with zeros above its diagonal
     for (int i = tid - 64; i < 512; i += kThreads - 64) {
-      const int l = i & 31, t = 8 * (i >> 6) + (l >> 2), c = 32 * ((i >> 5) & 1) + 2 * (l & 3);
-      uint4 u;
-      u.x = *reinterpret_cast<const uint32_t*>(P + at64(t, c / 8) + (c % 8) * 2);
-      u.y = *reinterpret_cast<const uint32_t*>(P + at64(t, c / 8 + 1) + (c % 8) * 2);
-      u.z = *reinterpret_cast<const uint32_t*>(P + at64(t, c / 8 + 2) + (c % 8) * 2);
-      u.w = *reinterpret_cast<const uint32_t*>(P + at64(t, c / 8 + 3) + (c % 8) * 2);
-      *reinterpret_cast<uint4*>(record + Record<K>::p + i * 16) = u;
+      uint4 x = *reinterpret_cast<const uint4*>(P + i * 16);
+      if (((i ^ (i >> 3)) & 7) > i >> 6) x = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(record + Record<K>::p + i * 16) = x;
     }
   }
   __syncthreads();
@@ -463,41 +490,41 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
     put8(X, top + 16, top + 8 * n, c, -1, g, tq);
   }
   __syncthreads();
-  if (w < 4) {
-    float c[2][4] = {};
-    for (int s = w; s < 4; ++s) {
-      product8(c[0], L, 32, 8 * s, X, 8 * s, 8 * w, g, tq);
-      product8(c[1], L, 48, 8 * s, X, 8 * s, 8 * w, g, tq);
-    }
-    put8(product, 0, 8 * w, c[0], 1, g, tq);
-    put8(product, 16, 8 * w, c[1], 1, g, tq);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[0][i] = c[1][i] = 0;
-    for (int s = 0; s < 4; ++s) {
-      if (s < 2) product8(c[0], X, 32, 32 + 8 * s, product, 8 * s, 8 * w, g, tq);
-      product8(c[1], X, 48, 32 + 8 * s, product, 8 * s, 8 * w, g, tq);
-    }
-    put8(X, 32, 8 * w, c[0], -1, g, tq);
-    put8(X, 48, 8 * w, c[1], -1, g, tq);
+  {
+    const int n = w & 3, m = 16 * (w >> 2);
+    float c[4] = {};
+    for (int s = n; s < 4; ++s) product8(c, L, 32 + m, 8 * s, X, 8 * s, 8 * n, g, tq);
+    put8(product, m, 8 * n, c, 1, g, tq);
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + n) : "memory");  // both warps of these columns
+    c[0] = c[1] = c[2] = c[3] = 0;
+    for (int s = 0; s < (m ? 4 : 2); ++s) product8(c, X, 32 + m, 32 + 8 * s, product, 8 * s, 8 * n, g, tq);
+    put8(X, 32 + m, 8 * n, c, -1, g, tq);
   }
   __syncthreads();
-  // T = X diag(beta): fp16 for the keys, two bf16 for v
-  for (int i = tid; i < 64 * 8; i += kThreads) {
-    const int r = i >> 3, u = i & 7;
+  // T = X diag(beta): fp16 for the keys, two bf16 for v. Up to the end of each square of 16 on the diagonal.
+  for (int i = tid; i < 320; i += kThreads) {
+    const int m = i < 128   ? 3
+                  : i < 224 ? 2
+                  : i < 288 ? 1
+                            : 0,
+              at_unit = i - (i < 128   ? 0
+                             : i < 224 ? 128
+                             : i < 288 ? 224
+                                       : 288);
+    const int r = 16 * m + (at_unit & 15), u = at_unit >> 4;
+    const float4 x0 = *reinterpret_cast<const float4*>(X + at_f(r, 8 * u)),
+                 x1 = *reinterpret_cast<const float4*>(X + at_f(r, 8 * u + 4));
+    const float4 b0 = *reinterpret_cast<const float4*>(&beta(8 * u)),
+                 b1 = *reinterpret_cast<const float4*>(&beta(8 * u + 4));
+    const float y[8] = {x0.x * b0.x, x0.y * b0.y, x0.z * b0.z, x0.w * b0.w,
+                        x1.x * b1.x, x1.y * b1.y, x1.z * b1.z, x1.w * b1.w};
     uint32_t t[4], high[4], low[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      float y[2];
-#pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        const int c = 8 * u + 2 * e + o;
-        y[o] = c <= r ? X[at_f(r, c)] * beta[c] : 0.0f;
-      }
-      t[e] = half2_bits(y[0], y[1]);
-      const __nv_bfloat162 top = __floats2bfloat162_rn(y[0], y[1]);
-      const float2 f = __bfloat1622float2(top);
-      const __nv_bfloat162 rest = __floats2bfloat162_rn(y[0] - f.x, y[1] - f.y);
+      t[e] = half2_bits(y[2 * e], y[2 * e + 1]);
+      const __nv_bfloat162 top = __floats2bfloat162_rn(y[2 * e], y[2 * e + 1]);
+      const float2 back = __bfloat1622float2(top);
+      const __nv_bfloat162 rest = __floats2bfloat162_rn(y[2 * e] - back.x, y[2 * e + 1] - back.y);
       high[e] = *reinterpret_cast<const uint32_t*>(&top);
       low[e] = *reinterpret_cast<const uint32_t*>(&rest);
     }
@@ -513,8 +540,8 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
   if ((w & 3) < K / 32) {
     const int slice = w & 3;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int m = half ? 3 - (w >> 2) : (w >> 2);
+    for (int part = 0; part < 2; ++part) {
+      const int m = part ? 3 - (w >> 2) : (w >> 2);
       float c[4][4] = {};
       for (int s = 0; s <= m; ++s) {
         uint32_t t[4], b[4];
@@ -526,12 +553,16 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
           mma(c[2 * j + 1], t, b[2], b[3]);
         }
       }
-      char* const to = record + Record<K>::w + ((2 * m * (K / 32) + slice) * 32 + lane) * 16;
-      *reinterpret_cast<uint4*>(to) = make_uint4(half2_bits(-c[0][0], -c[0][1]), half2_bits(-c[1][0], -c[1][1]),
-                                                 half2_bits(-c[2][0], -c[2][1]), half2_bits(-c[3][0], -c[3][1]));
-      *reinterpret_cast<uint4*>(to + (K / 32) * 512) =
-          make_uint4(half2_bits(-c[0][2], -c[0][3]), half2_bits(-c[1][2], -c[1][3]), half2_bits(-c[2][2], -c[2][3]),
-                     half2_bits(-c[3][2], -c[3][3]));
+      // A quad's four lanes have two of every 8 channels: each takes the 8 of one tile.
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = half2_bits(-c[i][2 * half], -c[i][2 * half + 1]);
+        transpose_quad(x, lane);
+        *reinterpret_cast<uint4*>(record + Record<K>::w + tile_at(16 * m + 8 * half + g, 4 * slice + tq)) =
+            make_uint4(x[0], x[1], x[2], x[3]);
+      }
     }
   }
   // ---- U0 = T v, transposed: 16 values for each warp
@@ -562,7 +593,7 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
       for (int e = 0; e < 4; ++e) most = fmaxf(most, fabsf(c[j][e]));
 #pragma unroll
     for (int m = 16; m; m /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, m));
-    const int exponent = most > 0 ? max(int(__float_as_uint(most) >> 23) - 127, -100) : 0;
+    const int exponent = most > 0 ? max(int(__float_as_uint(most) >> 23) - 127, -100) : -100;
     const float scale = __uint_as_float(uint32_t(127 + 10 - exponent) << 23);
     char* const to = record + Record<K>::u + (w * 4 * 32 + lane) * 16;
 #pragma unroll

@@ -7,17 +7,15 @@
 namespace kda::cuda::prefill {
 namespace {
 
-constexpr int kWarps = 4;
-
-// Bytes of a chunk that one block needs, and of all of its stages. u: the block's rows of U0 and their scales.
-template <int K, bool summary>
+// Bytes of a chunk that one block of so many warps needs. u: the block's rows of U0 and their scales.
+template <int K, int warps, bool summary>
 struct Stage {
   static constexpr int common = summary ? int(Record<K>::summary) : int(Record<K>::u);
-  static constexpr int u = common, scale = u + kWarps * 2048, bytes = (scale + kWarps * 4 + 127) / 128 * 128;
+  static constexpr int u = common, scale = u + warps * 2048, bytes = scale + 1024;
 };
-template <int K, bool summary>
+template <int K, int warps, bool summary>
 constexpr int shared_bytes(int stages) {
-  return Stage<K, summary>::bytes * stages + 128;
+  return Stage<K, warps, summary>::bytes * stages + 1024;  // a tile begins at a multiple of 1024
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -58,14 +56,75 @@ __device__ inline float inverse_power(float x) {
   return __uint_as_float(uint32_t(127 - e) << 23);
 }
 
-// One block: kWarps * 16 rows of a state, one head, one sequence or segment of one.
+// ---- products with the tiles of a chunk in shared memory: by a warpgroup (sm_90a) ..
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define KDA_REGISTERS(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define KDA_REGISTERS8(d, j)                                                                      \
+  KDA_REGISTERS(d, j), KDA_REGISTERS(d, j + 1), KDA_REGISTERS(d, j + 2), KDA_REGISTERS(d, j + 3), \
+      KDA_REGISTERS(d, j + 4), KDA_REGISTERS(d, j + 5), KDA_REGISTERS(d, j + 6), KDA_REGISTERS(d, j + 7)
+
+// A tile for wgmma: its address, 1024 bytes from 8 rows to the next 8, 8192 from 64 columns to the next 64.
+__device__ inline uint64_t tile(uint32_t address) {
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(8192 >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+// What 16 columns further on adds to it, in a matrix `from` bytes behind.
+__device__ constexpr uint64_t tile_step(int64_t from, int step) {
+  return uint64_t(from + (step >> 2) * 8192 + (step & 3) * 32) / 16;
+}
+__device__ inline void group_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int left, int n>
+__device__ inline void group_wait(float (&d)[n][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
+#pragma unroll
+  for (int j = 0; j < n; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e])::"memory");
+}
+// d[64,64] += a[64,16] b[16,64]; b by rows of its columns (across = 0) or as it is (across = 1). keep = 0: d = ..
+template <int across>
+__device__ inline void group_mma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int keep = 1) {
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, keep, 1, 1, %38;\n}"
+      : KDA_REGISTERS8(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(across));
+}
+template <int across>
+__device__ inline void group_mma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int keep = 1) {
+  asm volatile(
+      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,"
+      "%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, "
+      "keep, 1, 1, %70;\n}"
+      : KDA_REGISTERS8(d, 0), KDA_REGISTERS8(d, 8)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(across));
+}
+#else
+// .. and by a warp for itself: d[16,64] += a[16,16] b[16,64], 16 of the columns that b has as rows.
+__device__ inline void warp_rows(float (&d)[8][4], const uint32_t (&a0)[4], const uint32_t (&a1)[4], uint32_t tiles,
+                                 int step, int lane) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    uint32_t b[4];
+    ldmatrix(b, tiles + tile_at(8 * j + (lane & 7), 4 * step + (lane >> 3)));
+    mma(d[j], a0, b[0], b[1]);
+    mma(d[j], a1, b[2], b[3]);
+  }
+}
+#endif
+
+// One block: warps * 16 rows of a state, one head, one sequence or segment of one.
 // summary: no outputs; rows from V on are the identity's and take no part in v.
-template <int K, bool summary>
+template <int K, int kWarps, bool summary>
 __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, const int stages) {
-  using G = Stage<K, summary>;
+  using G = Stage<K, kWarps, summary>;
   using R = Record<K>;
   constexpr int NT = K / 8;  // tiles of 8 channels
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char unaligned[];
+  char* const shared = unaligned + (-shared_address(unaligned) & 1023);
   const int tid = int(threadIdx.x), w = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3;
   const int V = a.V, H = a.H, h = int(blockIdx.y), row0 = int(blockIdx.x) * kWarps * 16 + w * 16;
   const int n = a.first + int(blockIdx.z) / a.segments, segment = int(blockIdx.z) % a.segments;
@@ -115,7 +174,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
       for (int i = tid * 16; i < G::common; i += kWarps * 32 * 16) copy_async(into + i, r + i);
       if (!identity) {
         for (int i = tid * 16; i < kWarps * 2048; i += kWarps * 32 * 16) copy_async(into + G::u + i, u + i);
-        if (tid == 0) copy_async(into + G::scale, scale);
+        if (tid < kWarps / 4) copy_async(into + G::scale + tid * 16, scale + tid * 16);
       }
     }
     copy_async_commit();
@@ -164,6 +223,22 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
            (a.marks[mark].sequence < n || (a.marks[mark].sequence == n && a.marks[mark].tokens <= from * kChunk)))
       ++mark;
   const float root = rsqrtf(float(K));
+  float o[8][4] = {};  // O / s of a chunk times `power`, transposed: rows of v, columns of tokens
+  float o_by = 0;
+  const auto write_o = [&](int i) {
+    const int64_t t = (from + i) * kChunk, next = 8 * int64_t(H) * V;
+    const int left = int(min(int64_t(kChunk), tokens - t)) - g;
+    __nv_bfloat16* to_o = a.o + ((token_start + t + g) * H + h) * V + row0 + 2 * tq;
+#pragma unroll
+    for (int j = 0; j < 8; ++j, to_o += next) {
+      const uint32_t low = transposed(bf16_bits(o[j][0] * o_by, o[j][1] * o_by)),
+                     high = transposed(bf16_bits(o[j][2] * o_by, o[j][3] * o_by));
+      if (8 * j < left) {
+        *reinterpret_cast<uint32_t*>(to_o) = low;
+        *reinterpret_cast<uint32_t*>(to_o + 8) = high;
+      }
+    }
+  };
 
   for (int i = 0; i < count; ++i) {
     const int s = i % stages;
@@ -221,9 +296,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
     };
 
     // ---- U = U0 - S W^T, transposed: rows of v, columns of tokens
-    uint32_t U[8][2];
+    float u[8][4];
     {
-      float u[8][4];
       const float by = unscale * power;
 #pragma unroll
       for (int x = 0; x < 4; ++x) {
@@ -235,87 +309,104 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
         u[2 * x + 1][0] = p2.x * by, u[2 * x + 1][1] = p2.y * by, u[2 * x + 1][2] = p3.x * by;
         u[2 * x + 1][3] = p3.y * by;
       }
+    }
+    uint32_t U[8][2] = {};
+    const auto u_of = [&](uint32_t(&x)[4], int step) {
+      x[0] = U[2 * step][0], x[1] = U[2 * step][1], x[2] = U[2 * step + 1][0], x[3] = U[2 * step + 1][1];
+    };
+    const auto round_u = [&] {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) U[j][0] = half2_bits(u[j][0], u[j][1]), U[j][1] = half2_bits(u[j][2], u[j][3]);
+    };
+    const auto decay = [&] {
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+        const float2 e = *reinterpret_cast<const float2*>(buffer + R::e + (8 * j + 2 * tq) * 4);
+        S[j][0] *= e.x, S[j][1] *= e.y, S[j][2] *= e.x, S[j][3] *= e.y;
+      }
+    };
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    const uint64_t tiles = tile(buffer_address);
+#endif
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    group_begin();
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step) {
+      uint32_t x[4];
+      a_of(x, step);
+      group_mma<0>(u, x, tiles + tile_step(R::w, step));
+    }
+    group_commit();
+    if (!summary && i > 0) write_o(i - 1);  // while that runs
+    decay();
+    group_wait<0>(u);
+    round_u();
+    group_begin();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t x[4];
+      u_of(x, step);
+      group_mma<1>(S, x, tiles + (R::k + step * 2048) / 16);
+    }
+    if constexpr (!summary) {
+#pragma unroll
+      for (int step = 0; step < K / 16; ++step) {
+        uint32_t x[4];
+        a_of(x, step);
+        group_mma<0>(o, x, tiles + tile_step(R::q, step), step > 0);
+      }
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        uint32_t x[4];
+        u_of(x, step);
+        group_mma<0>(o, x, tiles + tile_step(R::p, step));
+      }
+    }
+    group_commit();
+    if constexpr (!summary) group_wait<0>(o);
+    group_wait<0>(S);
+#else
+    if (!summary && i > 0) write_o(i - 1);
+#pragma unroll
+    for (int p = 0; p < K / 32; ++p) {
+      uint32_t a0[4], a1[4];
+      a_of(a0, 2 * p), a_of(a1, 2 * p + 1);
+      warp_rows(u, a0, a1, buffer_address + uint32_t(R::w), p, lane);
+    }
+    round_u();
+    decay();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t x[4];
+      u_of(x, step);
+#pragma unroll
+      for (int j = 0; j < NT; j += 2) {
+        uint32_t b[4];
+        ldmatrix_t(b, buffer_address + uint32_t(R::k) + tile_at(16 * step + (lane & 15), j + (lane >> 4)));
+        mma(S[j], x, b[0], b[1]);
+        mma(S[j + 1], x, b[2], b[3]);
+      }
+    }
+    if constexpr (!summary) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0;
 #pragma unroll
       for (int p = 0; p < K / 32; ++p) {
         uint32_t a0[4], a1[4];
         a_of(a0, 2 * p), a_of(a1, 2 * p + 1);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const uint4 b = *reinterpret_cast<const uint4*>(buffer + R::w + ((j * (K / 32) + p) * 32 + lane) * 16);
-          mma(u[j], a0, b.x, b.y);
-          mma(u[j], a1, b.z, b.w);
-        }
+        warp_rows(o, a0, a1, buffer_address + uint32_t(R::q), p, lane);
       }
 #pragma unroll
-      for (int j = 0; j < 8; ++j) U[j][0] = half2_bits(u[j][0], u[j][1]), U[j][1] = half2_bits(u[j][2], u[j][3]);
-    }
-    const auto u_of = [&](uint32_t(&x)[4], int step) {
-      x[0] = U[2 * step][0], x[1] = U[2 * step][1], x[2] = U[2 * step + 1][0], x[3] = U[2 * step + 1][1];
-    };
-
-    // ---- S = S diag(E) + U^T K'
-#pragma unroll
-    for (int j = 0; j < NT; ++j) {
-      const float2 e = *reinterpret_cast<const float2*>(buffer + R::e + (8 * j + 2 * tq) * 4);
-      S[j][0] *= e.x, S[j][1] *= e.y, S[j][2] *= e.x, S[j][3] *= e.y;
-    }
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      uint32_t u[4];
-      u_of(u, step);
-#pragma unroll
-      for (int j = 0; j < NT; j += 2) {
-        const int r = 16 * step + (lane & 15), unit = j + (lane >> 4);
-        uint32_t b[4];
-        ldmatrix_t(b, buffer_address + uint32_t(R::k) + r * (K * 2) + ((unit ^ (r & 7)) * 16));
-        mma(S[j], u, b[0], b[1]);
-        mma(S[j + 1], u, b[2], b[3]);
+      for (int p = 0; p < 2; ++p) {
+        uint32_t u0[4], u1[4];
+        u_of(u0, 2 * p), u_of(u1, 2 * p + 1);
+        warp_rows(o, u0, u1, buffer_address + uint32_t(R::p), p, lane);
       }
     }
+#endif
 
-    // ---- O = s (S Q^T + U^T P^T), transposed like U
     if constexpr (!summary) {
-      const float by = root / power;
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        float o[4][4] = {};
-#pragma unroll
-        for (int p = 0; p < K / 32; ++p) {
-          uint32_t a0[4], a1[4];
-          a_of(a0, 2 * p), a_of(a1, 2 * p + 1);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int r = 8 * (4 * part + j) + (lane & 7), unit = 4 * p + (lane >> 3);
-            uint32_t b[4];
-            ldmatrix(b, buffer_address + uint32_t(R::q) + r * (K * 2) + ((unit ^ (r & 7)) * 16));
-            mma(o[j], a0, b[0], b[1]);
-            mma(o[j], a1, b[2], b[3]);
-          }
-        }
-#pragma unroll
-        for (int p = 0; p <= part; ++p) {
-          uint32_t u0[4], u1[4];
-          u_of(u0, 2 * p), u_of(u1, 2 * p + 1);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const uint4 b =
-                *reinterpret_cast<const uint4*>(buffer + R::p + (((4 * part + j) * 2 + p) * 32 + lane) * 16);
-            mma(o[j], u0, b.x, b.y);
-            if (p < part || j >= 2) mma(o[j], u1, b.z, b.w);
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t low = transposed(bf16_bits(o[j][0] * by, o[j][1] * by)),
-                         high = transposed(bf16_bits(o[j][2] * by, o[j][3] * by));
-          const int64_t t = (from + i) * kChunk + 8 * (4 * part + j) + g;
-          if (t < tokens) {
-            __nv_bfloat16* const to_o = a.o + ((token_start + t) * H + h) * V + row0 + 2 * tq;
-            *reinterpret_cast<uint32_t*>(to_o) = low;
-            *reinterpret_cast<uint32_t*>(to_o + 8) = high;
-          }
-        }
-      }
+      o_by = root / power;
       if (mark < a.marks_n && a.marks[mark].sequence == n && a.marks[mark].tokens == (from + i + 1) * kChunk) {
         store(a.state + (int64_t(a.marks[mark].slot) * H + h) * V * K);
         ++mark;
@@ -323,6 +414,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
     }
     __syncthreads();
   }
+  if (!summary && count > 0) write_o(count - 1);
 
   if constexpr (summary) {
     store(a.summaries + ((int64_t(n - a.first) * (a.segments - 1) + segment) * H + h) * (V + K) * K);
@@ -338,7 +430,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 // One block: 16 rows of one head and sequence.
 template <int K>
 __global__ void __launch_bounds__(K * 2) combine_kernel(const Args a) {
-  __shared__ __align__(16) float state[2][16][K];
+  extern __shared__ __align__(16) float combine_shared[];
+  float* const phi = combine_shared;                                            // [K,K]
+  float(*const state)[16][K] = reinterpret_cast<float(*)[16][K]>(phi + K * K);  // [2,16,K]
   const int n = a.first + int(blockIdx.z), h = int(blockIdx.y), V = a.V;
   const int c = int(threadIdx.x) % K, part = int(threadIdx.x) / K, row0 = int(blockIdx.x) * 16 + part * 8;
   const Range range = range_of(a, n);
@@ -346,25 +440,25 @@ __global__ void __launch_bounds__(K * 2) combine_kernel(const Args a) {
   float* at = a.summaries + (int64_t(n - a.first) * (a.segments - 1) * a.H + h) * size;
   const auto row = [&](int r) { return int64_t(row0 + r) * K + c; };
   for (int r = 0; r < 8; ++r) state[0][part * 8 + r][c] = at[row(r)];
-  __syncthreads();
   int now = 0;
   for (int segment = 1; segment < a.segments - 1 && range.from + segment * length < range.to; ++segment) {
     at += a.H * size;
-    const float* const phi = at + int64_t(V) * K + c;
+    for (int i = int(threadIdx.x) * 4; i < K * K; i += K * 2 * 4)
+      copy_async(shared_address(phi + i), at + int64_t(V) * K + i);
+    copy_async_commit();
     float sum[8];
 #pragma unroll
     for (int r = 0; r < 8; ++r) sum[r] = at[row(r)];
-    for (int x0 = 0; x0 < K; x0 += 32) {
-      float p[32];
+    copy_async_wait<0>();
+    __syncthreads();
+#pragma unroll 4
+    for (int x = 0; x < K; x += 4) {
+      const float p0 = phi[x * K + c], p1 = phi[(x + 1) * K + c], p2 = phi[(x + 2) * K + c], p3 = phi[(x + 3) * K + c];
 #pragma unroll
-      for (int x = 0; x < 32; ++x) p[x] = phi[int64_t(x0 + x) * K];
-#pragma unroll
-      for (int x = 0; x < 32; x += 4)
-#pragma unroll
-        for (int r = 0; r < 8; ++r) {
-          const float4 s = *reinterpret_cast<const float4*>(&state[now][part * 8 + r][x0 + x]);
-          sum[r] += s.x * p[x] + s.y * p[x + 1] + s.z * p[x + 2] + s.w * p[x + 3];
-        }
+      for (int r = 0; r < 8; ++r) {
+        const float4 s = *reinterpret_cast<const float4*>(&state[now][part * 8 + r][x]);
+        sum[r] += s.x * p0 + s.y * p1 + s.z * p2 + s.w * p3;
+      }
     }
     now ^= 1;
 #pragma unroll
@@ -373,34 +467,45 @@ __global__ void __launch_bounds__(K * 2) combine_kernel(const Args a) {
   }
 }
 
-template <int K, bool summary>
-void scan(const Args& a, int slices, cudaStream_t stream) {
+template <int K, int warps, bool summary>
+void scan(const Args& a, int rows, cudaStream_t stream) {
   int device = 0, most = 0;
   KDA_CUDA(cudaGetDevice(&device));
   KDA_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const int stages = shared_bytes<K, summary>(3) <= most ? 3 : 2, shared = shared_bytes<K, summary>(stages);
-  allow_shared(scan_kernel<K, summary>, shared);
-  scan_kernel<K, summary><<<dim3(unsigned(slices), unsigned(a.H), unsigned((a.last - a.first + 1) * a.segments)),
-                            kWarps * 32, shared, stream>>>(a, stages);
+  // Two blocks that add up segments share a multiprocessor.
+  const int stages = !summary && shared_bytes<K, warps, summary>(3) <= most ? 3 : 2,
+            shared = shared_bytes<K, warps, summary>(stages);
+  allow_shared(scan_kernel<K, warps, summary>, size_t(shared));
+  scan_kernel<K, warps, summary>
+      <<<dim3(unsigned(rows / (warps * 16)), unsigned(a.H), unsigned((a.last - a.first + 1) * a.segments)), warps * 32,
+         size_t(shared), stream>>>(a, stages);
   check_launch("kda_prefill: scan");
 }
 
 }  // namespace
 
-int64_t scan_shared_bytes(int64_t K) { return K == 128 ? shared_bytes<128, false>(2) : shared_bytes<64, false>(2); }
+int64_t scan_shared_bytes(int64_t K) {
+  return K == 128 ? shared_bytes<128, 4, false>(2) : shared_bytes<64, 4, false>(2);
+}
 
 template <int K>
-void scan_chunks(const Args& a, cudaStream_t stream) {
-  scan<K, false>(a, a.V / (kWarps * 16), stream);
+void scan_chunks(const Args& a, int warps, cudaStream_t stream) {
+  if (warps == 8)
+    scan<K, 8, false>(a, a.V, stream);
+  else
+    scan<K, 4, false>(a, a.V, stream);
 }
 template <int K>
 void summarise_segments(const Args& a, cudaStream_t stream) {
-  scan<K, true>(a, (a.V + K) / (kWarps * 16), stream);
-  combine_kernel<K><<<dim3(unsigned(a.V / 16), unsigned(a.H), unsigned(a.last - a.first + 1)), K * 2, 0, stream>>>(a);
+  scan<K, 4, true>(a, a.V + K, stream);
+  constexpr int shared = (K * K + 2 * 16 * K) * int(sizeof(float));
+  allow_shared(combine_kernel<K>, shared);
+  combine_kernel<K>
+      <<<dim3(unsigned(a.V / 16), unsigned(a.H), unsigned(a.last - a.first + 1)), K * 2, shared, stream>>>(a);
   check_launch("kda_prefill: segments");
 }
-template void scan_chunks<64>(const Args&, cudaStream_t);
-template void scan_chunks<128>(const Args&, cudaStream_t);
+template void scan_chunks<64>(const Args&, int, cudaStream_t);
+template void scan_chunks<128>(const Args&, int, cudaStream_t);
 template void summarise_segments<64>(const Args&, cudaStream_t);
 template void summarise_segments<128>(const Args&, cudaStream_t);
 

@@ -6,6 +6,7 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <vector>
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/ops.h"
@@ -25,30 +26,32 @@ cudaMemoryType place(const void* p) {
 
 bool on_device(cudaMemoryType t) { return t == cudaMemoryTypeDevice || t == cudaMemoryTypeManaged; }
 
-// Pinned buffers that go round: threads fill one while the others travel.
-struct Ring {
-  static constexpr size_t kBytes = size_t(8) << 20;
-  struct Part {
+// Each thread's two pinned buffers: one is filled while the other travels.
+struct Lanes {
+  static constexpr size_t kBytes = size_t(2) << 20;
+  struct Buffer {
     char* data = nullptr;
     cudaEvent_t sent = nullptr;
   };
-  std::array<Part, 4> part;
-  size_t next = 0;
+  std::vector<std::array<Buffer, 2>> lane;
+  std::vector<size_t> next;
 
-  Ring() {
-    for (Part& p : part) {
-      void* data = nullptr;
-      KDA_CUDA(cudaHostAlloc(&data, kBytes, cudaHostAllocDefault));
-      p.data = static_cast<char*>(data);
-      KDA_CUDA(cudaEventCreateWithFlags(&p.sent, cudaEventDisableTiming));
-    }
+  explicit Lanes(int threads) : lane(size_t(threads)), next(size_t(threads), 0) {
+    for (auto& two : lane)
+      for (Buffer& b : two) {
+        void* data = nullptr;
+        KDA_CUDA(cudaHostAlloc(&data, kBytes, cudaHostAllocDefault));
+        b.data = static_cast<char*>(data);
+        KDA_CUDA(cudaEventCreateWithFlags(&b.sent, cudaEventDisableTiming));
+      }
   }
-  ~Ring() {
-    for (Part& p : part) {
-      if (p.sent) cudaEventSynchronize(p.sent);
-      if (p.data) cudaFreeHost(p.data);
-      if (p.sent) cudaEventDestroy(p.sent);
-    }
+  ~Lanes() {
+    for (auto& two : lane)
+      for (Buffer& b : two) {
+        if (b.sent) cudaEventSynchronize(b.sent);
+        if (b.data) cudaFreeHost(b.data);
+        if (b.sent) cudaEventDestroy(b.sent);
+      }
   }
 };
 
@@ -63,6 +66,24 @@ void advise(const char* from, size_t bytes, int what) {
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
+
+// Bytes at .. at + n of a source. A file is read rather than its mapping copied, whose pages would have to be entered
+// one by one: twice as fast.
+void fetch(const HostBytes& from, size_t at, size_t n, char* to) {
+  if (from.file < 0) {
+    const char* p = static_cast<const char*>(from.data) + at;
+    advise(p, n, MADV_POPULATE_READ);
+    std::memcpy(to, p, n);
+    return;
+  }
+  for (size_t have = 0; have < n;) {
+    const ssize_t got = pread(from.file, to + have, n - have, off_t(from.offset) + off_t(at + have));
+    if (got < 0 && errno == EINTR) continue;
+    KDA_CHECK(got > 0, "upload: a file ends, or cannot be read, ", from.bytes - at - have, " bytes early: ",
+              got < 0 ? std::strerror(errno) : "end of file");
+    have += size_t(got);
+  }
+}
 
 }  // namespace
 
@@ -96,46 +117,44 @@ void copy(Context& ctx, void* dst, const void* src, size_t bytes) {
   if (place(src) == cudaMemoryTypeHost) KDA_CUDA(cudaStreamSynchronize(stream));
 }
 
-// Threads read the file, or copy from memory, into pinned memory, ahead of the copy engine. Reading is twice as fast as
-// copying from the mapping, whose pages would have to be entered one by one. Returns when the source has been read; what
-// comes later on the compute stream finds dst filled.
-void upload(Context& ctx, void* dst, const HostBytes& source) {
-  const void* const src = source.data;
-  const size_t bytes = source.bytes;
-  constexpr size_t kTask = size_t(512) << 10, kAhead = size_t(64) << 20;
-  if (bytes <= kBounceBytes || !ctx.pool || on_device(place(src))) return copy(ctx, dst, src, bytes);
-  Device& d = device_of(ctx);
-  if (!d.upload) d.upload = std::make_shared<Ring>();
-  Ring& ring = *static_cast<Ring*>(d.upload.get());
-  const cudaStream_t to = d.copy_stream;
-  KDA_CUDA(cudaEventRecord(d.computed, stream_of(ctx)));  // whoever used dst before is done with it
-  KDA_CUDA(cudaStreamWaitEvent(to, d.computed, 0));
-  const char* from = static_cast<const char*>(src);
-  if (source.file < 0) advise(from, std::min(bytes, kAhead), MADV_WILLNEED);
-  for (size_t at = 0; at < bytes; at += Ring::kBytes) {
-    if (source.file < 0 && at + kAhead < bytes)
-      advise(from + at + kAhead, std::min(Ring::kBytes, bytes - at - kAhead), MADV_WILLNEED);
-    Ring::Part& part = ring.part[ring.next++ % ring.part.size()];
-    const size_t n = std::min(Ring::kBytes, bytes - at);
-    KDA_CUDA(cudaEventSynchronize(part.sent));
-    ctx.pool->run(int64_t((n + kTask - 1) / kTask), [&](int64_t task, int) {
-      const size_t b = size_t(task) * kTask, m = std::min(kTask, n - b);
-      if (source.file < 0) {
-        advise(from + at + b, m, MADV_POPULATE_READ);
-        std::memcpy(part.data + b, from + at + b, m);
-        return;
-      }
-      for (size_t have = 0; have < m;) {
-        const ssize_t got = pread(source.file, part.data + b + have, m - have, off_t(source.offset) + off_t(at + b + have));
-        if (got < 0 && errno == EINTR) continue;
-        KDA_CHECK(got > 0, "upload: the file ends or fails ", bytes - (at + b + have), " bytes early: ",
-                  got < 0 ? std::strerror(errno) : "end of file");
-        have += size_t(got);
-      }
-    });
-    KDA_CUDA(cudaMemcpyAsync(static_cast<char*>(dst) + at, part.data, n, cudaMemcpyHostToDevice, to));
-    KDA_CUDA(cudaEventRecord(part.sent, to));
+// Pieces of all transfers go to whichever thread is free, which reads them into its pinned buffers and sends them: no
+// thread waits for another, and the copy engine is fed by all.
+void upload(Context& ctx, std::span<const Transfer> all) {
+  struct Piece {
+    const Transfer* of;
+    size_t at, bytes;
+  };
+  std::vector<Piece> pieces;
+  for (const Transfer& t : all) {
+    if (t.from.bytes && on_device(place(t.from.data))) {
+      copy(ctx, t.to, t.from.data, t.from.bytes);
+      continue;
+    }
+    for (size_t at = 0; at < t.from.bytes; at += Lanes::kBytes)
+      pieces.push_back({&t, at, std::min(Lanes::kBytes, t.from.bytes - at)});
   }
+  if (pieces.empty()) return;
+  if (!ctx.pool || (pieces.size() == 1 && pieces[0].bytes <= kBounceBytes && pieces[0].of->from.file < 0)) {
+    for (const Piece& p : pieces)
+      copy(ctx, static_cast<char*>(p.of->to) + p.at, static_cast<const char*>(p.of->from.data) + p.at, p.bytes);
+    return;
+  }
+  Device& d = device_of(ctx);
+  if (!d.upload) d.upload = std::make_shared<Lanes>(ctx.pool->threads());
+  Lanes& lanes = *static_cast<Lanes*>(d.upload.get());
+  const cudaStream_t to = d.copy_stream;
+  KDA_CUDA(cudaEventRecord(d.computed, stream_of(ctx)));  // whoever used the targets before is done with them
+  KDA_CUDA(cudaStreamWaitEvent(to, d.computed, 0));
+  ctx.pool->run(int64_t(pieces.size()), [&](int64_t i, int worker) {
+    KDA_CUDA(cudaSetDevice(d.index));
+    const Piece& p = pieces[size_t(i)];
+    const size_t w = size_t(worker);
+    Lanes::Buffer& b = lanes.lane[w][lanes.next[w]++ % 2];
+    KDA_CUDA(cudaEventSynchronize(b.sent));
+    fetch(p.of->from, p.at, p.bytes, b.data);
+    KDA_CUDA(cudaMemcpyAsync(static_cast<char*>(p.of->to) + p.at, b.data, p.bytes, cudaMemcpyHostToDevice, to));
+    KDA_CUDA(cudaEventRecord(b.sent, to));
+  });
   KDA_CUDA(cudaEventRecord(d.copied, to));
   KDA_CUDA(cudaStreamWaitEvent(stream_of(ctx), d.copied, 0));
 }

@@ -7,7 +7,7 @@ namespace kda::cuda {
 // memory.cu
 Tensor alloc(Dtype, Shape);
 void copy(Context&, void* dst, const void* src, size_t bytes);
-void upload(Context&, void* dst, const HostBytes&);
+void upload(Context&, std::span<const Transfer>);
 
 void embedding(Context&, const Embedding&);
 void rms_norm(Context&, const RmsNorm&);

@@ -37,22 +37,6 @@ __global__ void __launch_bounds__(256) matvec_any_kernel(const __grid_constant__
   }
 }
 
-__global__ void __launch_bounds__(256)
-    norm_rows_any_kernel(const float* x, const float* w, float eps, int K, __nv_bfloat16* h) {
-  release_next();
-  wait_for_previous();
-  __shared__ float sums[8];
-  const float* row = x + int64_t(blockIdx.x) * K;
-  float sum = 0;
-  for (int k = threadIdx.x; k < K; k += blockDim.x) sum = fmaf(row[k], row[k], sum);
-  for (int m = 16; m; m >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, m);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  __syncthreads();
-  const float factor = norm_factor(sums, K, eps);
-  for (int k = threadIdx.x; k < K; k += blockDim.x)
-    h[int64_t(blockIdx.x) * K + k] = __float2bfloat16_rn(row[k] * factor * w[k]);
-}
-
 Weight weight_of(Dtype d) { return d == Dtype::bf16 ? Weight::bf16 : d == Dtype::f8_e4m3 ? Weight::f8 : Weight::i8; }
 int stage_k_of(Weight w) { return w == Weight::bf16 ? kStageK<Weight::bf16> : kStageK<Weight::f8>; }
 
@@ -103,10 +87,13 @@ void launch_rows(Context& ctx, const Product& p, int64_t K, int64_t from, int R)
   }
   if (fast)
     a.plan = plan_matvec(a.rows, K, R, stage_k_of(weight_of(type)), a.inputs, device.sms, int(device.shared_bytes));
-  if (p.norm && (!fast || a.plan.chunk)) {
-    const auto kernel = fast ? norm_rows_kernel : norm_rows_any_kernel;
-    launch_on(stream, early, 1, dim3(unsigned(R)), dim3(256), 0, kernel, p.op, a.residual, a.norm, a.eps, int(K),
-              const_cast<__nv_bfloat16*>(a.x));
+  if (p.norm && !fast) {
+    const View h{const_cast<__nv_bfloat16*>(a.x), Dtype::bf16, {R, K}};
+    cuda::rms_norm(ctx, RmsNorm{.x = view(a.residual, {R, K}), .w = p.norm->norm, .y = h, .eps = p.norm->eps});
+    a.residual = nullptr;
+  } else if (p.norm && a.plan.chunk) {
+    launch_on(stream, early, 1, dim3(unsigned(R)), dim3(256), 0, norm_rows_kernel, p.op, a.residual, a.norm, a.eps,
+              int(K), const_cast<__nv_bfloat16*>(a.x));
     a.residual = nullptr;
   }
   if (fast) {

@@ -197,11 +197,14 @@ TEST(CudaMatmul, ARowHasTheSameBitsAmongAnyNumberOfRows) {
       EXPECT_TRUE(y.guards_intact());
       return y.fetch();
     };
-    const auto whole = run(0, most, false);
+    const auto whole = run(0, most, false), square = run(0, most, true);
     for (const int64_t rows : {1, 2, 7, 16, 17, 64, 65, 128, 129, 256, 300, 512, 777, 1024}) {
       const int64_t from = (rows * 37) % (most - rows);
-      EXPECT_EQ(run(from, rows, false), std::vector<float>(whole.begin() + from * N, whole.begin() + (from + rows) * N))
-          << rows << " rows of " << N << "x" << K;
+      const auto part = [&](const std::vector<float>& all) {
+        return std::vector<float>(all.begin() + from * N, all.begin() + (from + rows) * N);
+      };
+      EXPECT_TRUE(run(from, rows, false) == part(whole)) << rows << " rows of " << N << "x" << K;
+      EXPECT_TRUE(run(from, rows, true) == part(square)) << rows << " rows of " << N << "x" << K << ", squared";
     }
   }
 }

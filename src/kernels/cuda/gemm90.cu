@@ -21,15 +21,13 @@ namespace kda::cuda {
 
 namespace {
 
-[[maybe_unused]] constexpr int kRows = 128, kColumns = 256,
-                               kDepth = 64;  // of a tile; kDepth bf16 are the 128 bytes of a swizzled row
-[[maybe_unused]] constexpr int kStages = 4, kCluster = 2,
-                               kGroup = 8;  // kGroup: row tiles of clusters worked on together
+// A tile; kDepth bf16 are the 128 bytes of a swizzled row. kGroup: row tiles of clusters worked on together.
+[[maybe_unused]] constexpr int kRows = 128, kColumns = 256, kDepth = 64, kStages = 4, kCluster = 2, kGroup = 8;
 [[maybe_unused]] constexpr int kThreads = 384, kConsumers = 2;
-[[maybe_unused]] constexpr int kXBytes = kRows * kDepth * 2, kWBytes = kColumns * kDepth * 2,
-                               kHalfW = kWBytes / kCluster;
-[[maybe_unused]] constexpr int kBoxColumns = 64, kBoxBytes = 64 * kBoxColumns * 2;  // of results on their way out
-constexpr int kOutBytes = 2 * kBoxBytes;                                            // two boxes for each warpgroup
+[[maybe_unused]] constexpr int kXBytes = kRows * kDepth * 2, kWBytes = kColumns * kDepth * 2;
+[[maybe_unused]] constexpr int kHalfW = kWBytes / kCluster;
+// Results on their way out: two boxes [64,64] for each warpgroup.
+[[maybe_unused]] constexpr int kBoxColumns = 64, kBoxBytes = 64 * kBoxColumns * 2, kOutBytes = 2 * kBoxBytes;
 constexpr size_t kShared = 1024 + size_t(kStages) * (kXBytes + kWBytes) + kConsumers * kOutBytes + 2 * kStages * 8;
 
 // One matrix of up to eight that share x.
@@ -109,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
     float d[128] = {};
     const auto finish = [](float v) {
       if constexpr (kEpilogue == Epilogue::relu2) {
-        v = v < 0 ? 0 : v;  // a NaN stays one
+        v = __bfloat162float(__float2bfloat16_rn(v));  // as where the square is a pass of its own: the same bits
+        v = v < 0 ? 0 : v;                             // a NaN stays one
         v *= v;
       }
       return v;

@@ -5,7 +5,7 @@ namespace kda {
 namespace {
 bool is_weight(const Context& ctx, Dtype d) {
   if (d == Dtype::bf16 || d == Dtype::i8) return true;
-  const bool cpu = ctx.backend == &cpu_backend();
+  const bool cpu = ctx.backend->activation == Dtype::f32;
   return cpu ? d == Dtype::f32 || d == Dtype::f16 : d == Dtype::f8_e4m3;
 }
 
@@ -23,7 +23,7 @@ void check(const Context& ctx, const Matmul& a, const char* op) {
     const int64_t K = x.dim(1);
     KDA_CHECK(w.w.shape.rank == 2 && w.w.dim(1) == K, op, ": matrix ", i, " must be [N,", K, "], got ", w.w.shape);
     KDA_CHECK(is_weight(ctx, w.w.dtype), op, ": matrix ", i, " must be ",
-              ctx.backend == &cpu_backend() ? "f32, bf16, f16 or i8" : "bf16, i8 or f8_e4m3", ", got ",
+              ctx.backend->activation == Dtype::f32 ? "f32, bf16, f16 or i8" : "bf16, i8 or f8_e4m3", ", got ",
               name_of(w.w.dtype));
     const int64_t N = w.w.dim(0);
     if (w.w.dtype == Dtype::i8 || w.w.dtype == Dtype::f8_e4m3) {

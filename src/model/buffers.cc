@@ -25,7 +25,10 @@ View Arena::take(Dtype t, Shape s) {
 }
 
 int64_t Buffers::bytes() const {
-  return int64_t(x.v.bytes() + workspace.v.bytes()) + arena_bytes;
+  int64_t n = arena_bytes;
+  for (const Tensor* t : {&x, &workspace, &ids, &position, &start, &slot_in, &slot_out, &past, &picked})
+    if (*t) n += int64_t(t->v.bytes());
+  return n;
 }
 
 Buffers plan_buffers(Context& ctx, const Weights& w, int64_t rows, int64_t sequences, int64_t capacity) {

@@ -76,6 +76,7 @@ void launch_rows(Context& ctx, const Product& p, int64_t K, int64_t from, int R)
     fast = fast && aligned(s.w.w.data) && aligned(s.x.data);
   }
   if (a.rows == 0) return;
+  if (own && a.segments == 1) a.x = a.segment[0].x;  // one matrix alone: its input is the shared one
   if (p.norm) {
     const float* x = p.norm->x.as<float>() + from * K;
     fast = fast && aligned(x) && aligned(p.norm->norm.data) && aligned(p.norm->h.data);

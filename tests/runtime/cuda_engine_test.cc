@@ -8,6 +8,7 @@
 #include "runtime/generate.h"
 #include "tests/cuda.h"
 #include "tests/golden.h"
+#include "tests/model_folders.h"
 
 namespace kda::test {
 namespace {
@@ -19,26 +20,6 @@ EngineOptions on_gpu() {
   o.device = DeviceKind::cuda;
   o.threads = 2;
   return o;
-}
-
-// Folders with weights and expected values that are there: the golden ones, nano-teacher and our own data.
-std::vector<fs::path> folders() {
-  std::vector<fs::path> roots, out;
-  if (const char* dir = std::getenv("KDA_GOLDEN_DIR")) roots.push_back(dir);
-  else roots = {fs::path(KDA_SOURCE_DIR) / "../shared/golden", fs::path(KDA_SOURCE_DIR) / "tests/golden"};
-  for (const char* family : {"llama", "fla"}) roots.push_back(fs::path(KDA_SOURCE_DIR) / "tests/data" / family);
-  roots.push_back(shared_path("nano-teacher"));
-  const auto add = [&](const fs::path& p) {
-    const auto same = [&](const fs::path& o) { return o.filename() == p.filename(); };
-    if (fs::exists(p / "config.json") && fs::exists(p / "expected.safetensors") && std::none_of(out.begin(), out.end(), same))
-      out.push_back(p);
-  };
-  for (const fs::path& root : roots) {
-    if (root.empty() || !fs::exists(root)) continue;
-    add(root);
-    for (const auto& e : fs::directory_iterator(root)) add(e.path());
-  }
-  return out;
 }
 
 std::vector<float> score(Engine& e, const std::vector<int32_t>& ids, size_t piece = 0) {
@@ -78,7 +59,7 @@ Tops compare_tops(const std::vector<float>& got, const std::vector<double>& want
 TEST(CudaEngine, GoldenLogits) {
   KDA_NEEDS_CUDA();
   int64_t models = 0;
-  for (const fs::path& folder : folders()) {
+  for (const fs::path& folder : model_folders()) {
     const GoldenFile expected(folder / "expected.safetensors");
     const auto ids = expected["input_ids"].ids();
     const size_t B = size_t(expected["input_ids"].shape[0]), T = ids.size() / B;
@@ -109,7 +90,7 @@ TEST(CudaEngine, GoldenLogits) {
 
 // The first of the folders with a layer of this kind.
 fs::path folder_with(Mixer mixer) {
-  for (const fs::path& f : folders()) {
+  for (const fs::path& f : model_folders()) {
     const Checkpoint c = load_checkpoint(f);
     if (std::any_of(c.config.layers.begin(), c.config.layers.end(), [&](const LayerSpec& l) { return l.mixer == mixer; }))
       return f;

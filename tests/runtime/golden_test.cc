@@ -4,37 +4,16 @@
 
 #include <cmath>
 #include <filesystem>
-#include <set>
 
 #include "runtime/generate.h"
 #include "tests/check.h"
 #include "tests/golden.h"
+#include "tests/model_folders.h"
 
 namespace kda::test {
 namespace {
 
 namespace fs = std::filesystem;
-
-// Every folder with a model and its expected values: all of the golden folder, nano-teacher, and our own test data.
-std::vector<fs::path> model_folders() {
-  std::vector<fs::path> roots, out;
-  if (const char* dir = std::getenv("KDA_GOLDEN_DIR")) roots.push_back(dir);
-  else roots = {fs::path(KDA_SOURCE_DIR) / "../shared/golden", fs::path(KDA_SOURCE_DIR) / "tests/golden"};
-  for (const char* family : {"llama", "fla"}) roots.push_back(fs::path(KDA_SOURCE_DIR) / "tests/data" / family);
-  roots.push_back(shared_path("nano-teacher"));
-  std::set<std::string> names;
-  const auto add = [&](const fs::path& p) {
-    if (fs::exists(p / "config.json") && fs::exists(p / "expected.safetensors") && names.insert(p.filename().string()).second)
-      out.push_back(p);
-  };
-  for (const fs::path& root : roots) {
-    if (root.empty() || !fs::exists(root)) continue;
-    add(root);
-    for (const auto& e : fs::directory_iterator(root)) add(e.path());
-  }
-  std::sort(out.begin(), out.end());
-  return out;
-}
 
 std::string name_of(const testing::TestParamInfo<fs::path>& info) {
   std::string s = info.param.filename().string();

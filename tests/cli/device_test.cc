@@ -19,6 +19,24 @@ TEST(Device, CudaWithoutADeviceSaysWhy) {
   EXPECT_NE(r.err.find(cuda_backend() ? why : "preset `cuda`"), std::string::npos) << r.err;
 }
 
+TEST(Device, AnOldDriverIsToldWithWhatIsNeeded) {
+#ifdef KDA_FAKE_DRIVER
+  const std::string old = "FAKE_DRIVER_VERSION=11040 LD_LIBRARY_PATH='" KDA_FAKE_DRIVER "':$LD_LIBRARY_PATH";
+  const std::string arguments = "generate -m " + kModel + " --temperature 0 -n 4 -p hi --device ";
+  const Ran r = run_kda(arguments + "cuda", old);
+  EXPECT_EQ(r.status, 1);
+  EXPECT_EQ(r.out, "");
+  EXPECT_NE(r.err.find("device cuda: the NVIDIA driver is too old: needs a driver for CUDA 1"), std::string::npos)
+      << r.err;
+  EXPECT_NE(r.err.find("has one for CUDA 11.4"), std::string::npos) << r.err;
+  const Ran automatic = run_kda(arguments + "auto", old), cpu = run_kda(arguments + "cpu");
+  EXPECT_EQ(automatic.status, 0) << automatic.err;
+  EXPECT_EQ(automatic.out, cpu.out);
+#else
+  GTEST_SKIP() << "built without CUDA";
+#endif
+}
+
 TEST(Device, AutoTakesTheCpuWhereNothingElseAnswers) {
   if (no_cuda().empty()) GTEST_SKIP() << "a CUDA device answers";
   const std::string arguments = "generate -m " + kModel + " --temperature 0 -n 4 -p hi --device ";

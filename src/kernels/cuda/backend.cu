@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/refusal.h"
 
 namespace kda {
 namespace cuda {
@@ -13,8 +14,6 @@ namespace {
 __global__ void probe_kernel(int* out) {
   if (out) *out = 1;
 }
-
-std::string version(int v) { return cat(v / 1000, ".", v % 1000 / 10); }
 
 // Errors after which CUDA refuses everything else in this process, with the same error.
 bool lasting(cudaError_t e) {
@@ -50,38 +49,52 @@ std::string advice(cudaError_t e) {
     return "; this, or a launch before it, failed on the device, and every later call in this process repeats this "
            "error. compute-sanitizer names the kernel";
   if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorUnsupportedPtxVersion)
-    return cat("; this binary has code for ", KDA_CUDA_ARCHS);
+    return cat("; this program has ", targets_in_words(KDA_CUDA_ARCHS));
   return "";
 }
 
-std::string unavailable() {
-  int driver = 0, runtime = 0, count = 0;
-  cudaRuntimeGetVersion(&runtime);
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
-    return cat("no NVIDIA driver answers (libcuda.so.1 was not found): needs a driver for CUDA ", version(runtime));
-  if (driver / 1000 < runtime / 1000)
-    return cat("the NVIDIA driver is too old: needs one for CUDA ", version(runtime), ", has one for ",
-               version(driver));
-  const cudaError_t found = cudaGetDeviceCount(&count);
-  cudaGetLastError();  // it was reported; not to be seen again
-  if (found == cudaErrorNoDevice || (found == cudaSuccess && count == 0))
-    return "the driver shows no CUDA device (CUDA_VISIBLE_DEVICES may hide it)";
-  if (found != cudaSuccess) return cat("the driver does not answer: ", cudaGetErrorString(found));
+Found::Kernel outcome(cudaError_t e) {
+  switch (e) {
+    case cudaSuccess: return Found::Kernel::ran;
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction: return Found::Kernel::no_code;
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInvalidPtx: return Found::Kernel::ptx_too_new;
+    default: return Found::Kernel::failed;
+  }
+}
+
+// Looks as far as each step allows.
+Found look() {
+  Found f;
+  f.targets = KDA_CUDA_ARCHS;
+  cudaRuntimeGetVersion(&f.runtime);
+  if (cudaDriverGetVersion(&f.driver) != cudaSuccess) f.driver = 0;
+  if (f.driver / 1000 < f.runtime / 1000) return f;
+  const auto failed = [&](cudaError_t e) {
+    cudaGetLastError();  // it is told; not to be seen again
+    if (e != cudaSuccess) f.trouble = cudaGetErrorString(e);
+    return e != cudaSuccess;
+  };
+  const cudaError_t listed = cudaGetDeviceCount(&f.devices);
+  if (listed == cudaErrorNoDevice) {
+    cudaGetLastError();
+    return f;
+  }
+  if (failed(listed) || f.devices == 0) return f;
   cudaDeviceProp p{};
-  if (const cudaError_t e = cudaGetDeviceProperties(&p, 0); e != cudaSuccess)
-    return cat("device 0 does not answer: ", cudaGetErrorString(e));
-  if (p.major < 8) return cat(p.name, " is sm_", p.major, p.minor, ": needs sm_80 or later");
+  if (failed(cudaGetDeviceProperties(&p, 0))) return f;
+  f.name = p.name, f.major = p.major, f.minor = p.minor;
+  if (p.major < 8) return f;
   probe_kernel<<<1, 1>>>(nullptr);
   cudaError_t e = cudaGetLastError();
   if (e == cudaSuccess) e = cudaDeviceSynchronize();
-  if (e == cudaErrorNoKernelImageForDevice || e == cudaErrorInvalidDeviceFunction ||
-      e == cudaErrorUnsupportedPtxVersion || e == cudaErrorInvalidPtx)
-    return cat(p.name, " is sm_", p.major, p.minor, ", this binary has code for ", KDA_CUDA_ARCHS,
-               " (machine code runs on its own architecture only; PTX of compute_80 needs a driver for CUDA ",
-               version(runtime), ", has one for ", version(driver), ")");
-  if (e != cudaSuccess) return cat(p.name, " does not run a kernel: ", cudaGetErrorString(e));
-  return "";
+  f.kernel = outcome(e);
+  failed(e);
+  return f;
 }
+
+std::string unavailable() { return refusal(look()); }
 
 void open(Context& ctx) {
   if (const std::string why = unavailable(); !why.empty()) throw Error(cat("CUDA: ", why));

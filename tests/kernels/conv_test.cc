@@ -11,6 +11,7 @@ struct ConvProblem {
   int64_t C, channels, channel, slots;
   Pack pack;
   std::vector<float> x, w, window;
+  std::vector<StateMark> marks;
 
   ConvProblem(const std::string& name, const std::vector<int64_t>& lengths, int64_t C_, int64_t channels_,
               int64_t channel_, int64_t slots_)
@@ -30,7 +31,8 @@ std::pair<std::vector<float>, std::vector<float>> run(Context& ctx, const ConvPr
                   .channel = p.channel,
                   .slots = p.pack.slots(),
                   .packing = p.pack.packing(),
-                  .y = y.view({T, p.C})});
+                  .y = y.view({T, p.C}),
+                  .marks = {p.marks, p.marks.data()}});
   EXPECT_TRUE(y.guards_intact() && window.guards_intact());
   return {y.fetch(), window.fetch()};
 }
@@ -47,9 +49,17 @@ std::pair<Doubles, Doubles> reference_conv(const ConvProblem& p) {
     const Doubles x(p.x.begin() + a * p.C, p.x.begin() + (a + T) * p.C);
     const auto r = ref::conv_silu(x, doubles(p.w), before, T, p.C);
     y.insert(y.end(), r.y.begin(), r.y.end());
-    for (int64_t j = 0; out >= 0 && j < 3; ++j)
-      for (int64_t c = 0; c < p.C; ++c)
-        window[size_t((out * 3 + j) * p.channels + p.channel + c)] = r.window[size_t(j * p.C + c)];
+    const auto keep = [&](int64_t slot, const Doubles& last) {
+      for (int64_t j = 0; slot >= 0 && j < 3; ++j)
+        for (int64_t c = 0; c < p.C; ++c)
+          window[size_t((slot * 3 + j) * p.channels + p.channel + c)] = last[size_t(j * p.C + c)];
+    };
+    keep(out, r.window);
+    for (const StateMark& m : p.marks)  // as if the sequence ended there
+      if (m.sequence == n)
+        keep(
+            m.slot,
+            ref::conv_silu(Doubles(x.begin(), x.begin() + m.tokens * p.C), doubles(p.w), before, m.tokens, p.C).window);
   }
   return {y, window};
 }
@@ -82,6 +92,20 @@ TEST(Conv, TakesRaggedPacksAndAnySlots) {
   expect_reference(p, got, "ragged");
   EXPECT_EQ(run(one, p), got);
   EXPECT_EQ(run(three, p), got);
+}
+
+TEST(Conv, KeepsTheWindowsThatAreMarked) {
+  CpuContext one(1), two(2);
+  for (const int64_t C : {1, 20, 129}) {
+    ConvProblem p(cat("conv/marks", C), {130, 0, 65, 257}, C, C + 3, 2, 9);
+    const auto plain = run(two, p);
+    p.marks = {{0, 64, 5}, {0, 128, 6}, {2, 64, 7}, {3, 256, 8}};
+    const auto got = run(two, p);
+    expect_reference(p, got, cat("marks ", C));
+    EXPECT_EQ(got.first, plain.first);
+    EXPECT_NE(got.second, plain.second);
+    EXPECT_EQ(run(one, p), got);
+  }
 }
 
 TEST(Conv, AnySplitIsTheSameBitForBit) {

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Makes the training text of the long distillation runs (docs/log) from the corpus that nano-teacher was trained on:
-    tools/make_recipe_data.py CORPUS OUT [--every N --first I] [--needles N] [--seed N]
-CORPUS holds train.jsonl.xz and synthetic.jsonl.xz. OUT gets text.jsonl (all rows, or rows I, I + N, ..), first.jsonl (the
-first 4,000 characters of each), arithmetic.jsonl, and needle.jsonl: questions in the corpus' own form, with one needle in
+    tools/make_recipe_data.py CORPUS OUT [--every N --first I] [--cut CHARACTERS] [--needles N] [--seed N]
+CORPUS holds train.jsonl.xz and synthetic.jsonl.xz. OUT gets text.jsonl (all rows, or rows I, I + N, ..; whole, or their
+starts), first.jsonl (the first 4,000 characters of each), arithmetic.jsonl, and needle.jsonl: questions in the corpus' own form, with one needle in
 sentences drawn from the training text or in the corpus' noise, of lengths whose tokens fit a training sequence of
 1,280. The evaluation's files are not read. Every choice is fixed by the seed."""
 import argparse
@@ -36,10 +36,11 @@ def sentences(rows):
     return out
 
 
-def start_of(text):
-    if len(text) <= START:
+def start_of(text, most=START):
+    """Whole lines of it, if there is one."""
+    if len(text) <= most:
         return text
-    return text[: text.rfind("\n", 0, START) + 1 or START]
+    return text[: text.rfind("\n", 0, most) + 1 or most]
 
 
 def needle(rng, pool, names):
@@ -67,11 +68,14 @@ def main():
     p.add_argument("out", type=pathlib.Path)
     p.add_argument("--every", type=int, default=1)
     p.add_argument("--first", type=int, default=0)
+    p.add_argument("--cut", type=int, default=0)
     p.add_argument("--needles", type=int, default=6000)
     p.add_argument("--seed", type=int, default=1)
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     text = lines(a.corpus / "train.jsonl.xz")[a.first :: a.every]
+    if a.cut:
+        text = [{"source": r["source"], "text": start_of(r["text"], a.cut)} for r in text]
     made = lines(a.corpus / "synthetic.jsonl.xz")
     found = [re.findall(r"magic numbers for (\w+)-(\w+) is:", r["text"]) for r in made if r["source"] == "needle"]
     names = [sorted({pair[i] for row in found for pair in row}) for i in (0, 1)]

@@ -4,6 +4,11 @@
 #include <bit>
 #include <cstring>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+
 namespace kda {
 
 namespace {
@@ -16,9 +21,51 @@ constexpr uint32_t kRound[64] = {
     0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+#ifdef __x86_64__
+bool have_instructions() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_SSSE3) || !(c & bit_SSE4_1)) return false;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_SHA);
+}
+
+// Four rounds at a time; w holds the last sixteen words of the schedule, and each sha256rnds2 does two rounds.
+[[gnu::target("sha,ssse3,sse4.1")]] void block_by_instructions(uint32_t* h, const uint8_t* p) {
+  const auto word = [](uint32_t x) { return int(x); };
+  const __m128i big_endian = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+  __m128i w[4];
+  __m128i abef = _mm_set_epi32(word(h[0]), word(h[1]), word(h[4]), word(h[5]));
+  __m128i cdgh = _mm_set_epi32(word(h[2]), word(h[3]), word(h[6]), word(h[7]));
+  const __m128i abef_before = abef, cdgh_before = cdgh;
+  for (int i = 0; i < 16; ++i) {
+    __m128i& now = w[i % 4];
+    if (i < 4) {
+      now = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)), big_endian);
+    } else {
+      const __m128i last = w[(i + 3) % 4], seventh = _mm_alignr_epi8(last, w[(i + 2) % 4], 4);
+      now = _mm_sha256msg2_epu32(_mm_add_epi32(_mm_sha256msg1_epu32(now, w[(i + 1) % 4]), seventh), last);
+    }
+    const __m128i m = _mm_add_epi32(now, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kRound + 4 * i)));
+    cdgh = _mm_sha256rnds2_epu32(cdgh, abef, m);
+    abef = _mm_sha256rnds2_epu32(abef, cdgh, _mm_shuffle_epi32(m, 0x0e));
+  }
+  abef = _mm_add_epi32(abef, abef_before);
+  cdgh = _mm_add_epi32(cdgh, cdgh_before);
+  h[0] = uint32_t(_mm_extract_epi32(abef, 3)), h[1] = uint32_t(_mm_extract_epi32(abef, 2));
+  h[2] = uint32_t(_mm_extract_epi32(cdgh, 3)), h[3] = uint32_t(_mm_extract_epi32(cdgh, 2));
+  h[4] = uint32_t(_mm_extract_epi32(abef, 1)), h[5] = uint32_t(_mm_extract_epi32(abef, 0));
+  h[6] = uint32_t(_mm_extract_epi32(cdgh, 1)), h[7] = uint32_t(_mm_extract_epi32(cdgh, 0));
+}
+#else
+bool have_instructions() { return false; }
+void block_by_instructions(uint32_t*, const uint8_t*) {}
+#endif
 }  // namespace
 
+Sha256::Sha256(bool instructions) : instructions_(instructions && have_instructions()) {}
+
 void Sha256::block(const uint8_t* p) {
+  if (instructions_) return block_by_instructions(h_.data(), p);
   uint32_t w[64];
   for (int i = 0; i < 16; ++i)
     w[i] = uint32_t(p[4 * i]) << 24 | uint32_t(p[4 * i + 1]) << 16 | uint32_t(p[4 * i + 2]) << 8 | p[4 * i + 3];

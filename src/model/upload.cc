@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kPiece = int64_t(1) << 20;  // elements that one task converts
 constexpr int64_t kAlign = 256;
+constexpr int64_t kGroup = int64_t(256) << 20;  // elements of matrices that are sent together before they are quantised
 
 bool is_matrix(const std::string& name, const Tensor& t) {
   return name.ends_with("weight") && t.shape().rank == 2 && name.find("conv1d") == std::string::npos;
@@ -88,25 +89,36 @@ Weights upload_weights(Context& ctx, Weights w, WeightFormat format,
   const Dtype small = format == WeightFormat::f8 ? Dtype::f8_e4m3 : Dtype::i8;
   const auto kept_as = [&](const Item& i) { return !i.matrix ? Dtype::f32 : i.scale ? small : Dtype::bf16; };
   Block block;
-  int64_t largest = 0;
+  int64_t largest = 0, all = 0;  // elements of what is quantised
   for (const Item& i : items) {
-    KDA_CHECK(i.matrix || i.to->dtype() == Dtype::f32, "upload: `", i.name, "` must be f32, got ", name_of(i.to->dtype()));
+    KDA_CHECK(i.matrix || i.to->dtype() == Dtype::f32, "upload: `", i.name, "` must be f32, got ",
+              name_of(i.to->dtype()));
     block.plan(kept_as(i), i.to->shape());
     if (!i.scale) continue;
     block.plan(Dtype::f32, {i.to->shape()[0]});
-    largest = std::max(largest, i.to->shape().size());
+    const int64_t size = padded(i.to->shape().size());
+    largest = std::max(largest, size), all += size;
   }
   block.make(ctx);
-  Tensor wide;  // one matrix before it is quantised
-  if (largest) wide = ctx.backend->alloc(Dtype::bf16, {largest});
+  Tensor wide;  // matrices before they are quantised
+  if (largest) wide = ctx.backend->alloc(Dtype::bf16, {std::max(largest, std::min(all, kGroup))});
 
   int64_t rounded = 0;
   std::string stored;
   std::vector<Transfer> waiting;
   std::vector<Tensor> sources;  // of what waits
-  const auto send = [&](void* to, const Tensor& host) {
-    const Transfer one{to, bytes_of(host)};
-    ctx.backend->upload(ctx, {&one, 1});
+  const auto send = [&] {
+    ctx.backend->upload(ctx, waiting);
+    waiting.clear();
+    sources.clear();
+  };
+  std::vector<QuantizeRows> group;  // what is on its way to `wide`
+  int64_t used = 0;                 // elements of `wide`
+  const auto send_group = [&] {
+    send();
+    for (const QuantizeRows& q : group) quantize_rows(ctx, q);
+    group.clear();
+    used = 0;
   };
   for (const Item& i : items) {
     if (i.matrix && i.to->dtype() != Dtype::bf16) {
@@ -115,23 +127,21 @@ Weights upload_weights(Context& ctx, Weights w, WeightFormat format,
     }
     const Tensor host = i.matrix ? as_bf16(*ctx.pool, *i.to) : *i.to;
     Tensor there = block.take(kept_as(i), host.shape());
-    if (!i.scale) {
-      waiting.push_back({there.v.data, bytes_of(host)});
-      sources.push_back(host);
-      if (host.storage != i.to->storage) {  // a rounded copy: not all of them at once
-        ctx.backend->upload(ctx, waiting);
-        waiting.clear();
-        sources.clear();
-      }
-    } else {
-      const View bf{wide.v.data, Dtype::bf16, host.shape()};
-      send(bf.data, host);
+    void* to = there.v.data;
+    if (i.scale) {
+      const int64_t size = padded(host.shape().size());
+      if (used + size > wide.v.size()) send_group();
+      to = wide.v.as<bf16>() + used;
+      used += size;
       *i.scale = block.take(Dtype::f32, {host.shape()[0]});
-      quantize_rows(ctx, {.w = bf, .q = there, .scale = *i.scale});
+      group.push_back({.w = View{to, Dtype::bf16, host.shape()}, .q = there, .scale = *i.scale});
     }
+    waiting.push_back({to, bytes_of(host)});
+    sources.push_back(host);
+    if (host.storage != i.to->storage) send_group();  // a rounded copy: not all of them at once
     *i.to = std::move(there);
   }
-  ctx.backend->upload(ctx, waiting);
+  send_group();
   if (w.config.tied_head && format == WeightFormat::bf16) w.head.w = w.embedding;
   for (const Item& i : items) {
     if (!i.scale) continue;

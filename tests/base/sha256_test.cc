@@ -16,6 +16,14 @@ TEST(Sha256, KnownAnswers) {
   EXPECT_EQ(hash(std::string(1'000'000, 'a')), "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0");
 }
 
+TEST(Sha256, TheProcessorsInstructionsAndPlainCodeAgree) {
+  std::string s;
+  for (int n = 0; n < 300; ++n) {
+    EXPECT_EQ(Sha256(false).add(s).hex(), hash(s)) << n;
+    s += char(n * 37 + n / 7);
+  }
+}
+
 TEST(Sha256, PiecesMakeTheWhole) {
   const std::string s(300, 'x');
   for (size_t cut : {0, 1, 55, 56, 63, 64, 65, 128, 299, 300})

@@ -26,7 +26,8 @@ cudaMemoryType place(const void* p) {
 
 bool on_device(cudaMemoryType t) { return t == cudaMemoryTypeDevice || t == cudaMemoryTypeManaged; }
 
-// Each thread's two pinned buffers: one is filled while the other travels.
+// Each thread's two pinned buffers: one is filled while the other travels. A thread makes its own when it first needs
+// them: pinning takes a millisecond for each, in which the others work.
 struct Lanes {
   static constexpr size_t kBytes = size_t(2) << 20;
   struct Buffer {
@@ -36,14 +37,19 @@ struct Lanes {
   std::vector<std::array<Buffer, 2>> lane;
   std::vector<size_t> next;
 
-  explicit Lanes(int threads) : lane(size_t(threads)), next(size_t(threads), 0) {
-    for (auto& two : lane)
-      for (Buffer& b : two) {
-        void* data = nullptr;
-        KDA_CUDA(cudaHostAlloc(&data, kBytes, cudaHostAllocDefault));
-        b.data = static_cast<char*>(data);
-        KDA_CUDA(cudaEventCreateWithFlags(&b.sent, cudaEventDisableTiming));
-      }
+  explicit Lanes(int threads) : lane(size_t(threads)), next(size_t(threads), 0) {}
+  // The one of thread w that has been sent, or is new.
+  Buffer& take(size_t w) {
+    Buffer& b = lane[w][next[w]++ % 2];
+    if (b.sent) {
+      KDA_CUDA(cudaEventSynchronize(b.sent));
+      return b;
+    }
+    void* data = nullptr;
+    KDA_CUDA(cudaHostAlloc(&data, kBytes, cudaHostAllocDefault));
+    b.data = static_cast<char*>(data);
+    KDA_CUDA(cudaEventCreateWithFlags(&b.sent, cudaEventDisableTiming));
+    return b;
   }
   ~Lanes() {
     for (auto& two : lane)
@@ -79,8 +85,8 @@ void fetch(const HostBytes& from, size_t at, size_t n, char* to) {
   for (size_t have = 0; have < n;) {
     const ssize_t got = pread(from.file, to + have, n - have, off_t(from.offset) + off_t(at + have));
     if (got < 0 && errno == EINTR) continue;
-    KDA_CHECK(got > 0, "upload: a file ends, or cannot be read, ", from.bytes - at - have, " bytes early: ",
-              got < 0 ? std::strerror(errno) : "end of file");
+    KDA_CHECK(got > 0, "upload: a file ends, or cannot be read, ", from.bytes - at - have,
+              " bytes early: ", got < 0 ? std::strerror(errno) : "end of file");
     have += size_t(got);
   }
 }
@@ -148,9 +154,7 @@ void upload(Context& ctx, std::span<const Transfer> all) {
   ctx.pool->run(int64_t(pieces.size()), [&](int64_t i, int worker) {
     KDA_CUDA(cudaSetDevice(d.index));
     const Piece& p = pieces[size_t(i)];
-    const size_t w = size_t(worker);
-    Lanes::Buffer& b = lanes.lane[w][lanes.next[w]++ % 2];
-    KDA_CUDA(cudaEventSynchronize(b.sent));
+    const Lanes::Buffer& b = lanes.take(size_t(worker));
     fetch(p.of->from, p.at, p.bytes, b.data);
     KDA_CUDA(cudaMemcpyAsync(static_cast<char*>(p.of->to) + p.at, b.data, p.bytes, cudaMemcpyHostToDevice, to));
     KDA_CUDA(cudaEventRecord(b.sent, to));

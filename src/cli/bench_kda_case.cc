@@ -2,9 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numbers>
 
-#include "base/rng.h"
+#include "base/normal.h"
 #include "checkpoint/safetensors.h"
 #include "cli/json_input.h"
 #include "kernels/kda.h"
@@ -23,11 +22,9 @@ double uniform(uint32_t seed, uint64_t i) {
 std::vector<float> normal(uint32_t seed, int64_t n, float size = 1) {
   std::vector<float> x(static_cast<size_t>(n));
   for (size_t i = 0; i < x.size(); i += 2) {
-    const auto w = Philox::block(seed, {uint32_t(i), uint32_t(uint64_t(i) >> 32), 0, 0});
-    const double r = std::sqrt(-2 * std::log(1 - uniform53(w[0], w[1]))),
-                 t = 2 * std::numbers::pi * uniform53(w[2], w[3]);
-    x[i] = size * float(r * std::cos(t));
-    if (i + 1 < x.size()) x[i + 1] = size * float(r * std::sin(t));
+    const auto two = normals(Philox::block(seed, {uint32_t(i), uint32_t(uint64_t(i) >> 32), 0, 0}));
+    x[i] = size * float(two[0]);
+    if (i + 1 < x.size()) x[i + 1] = size * float(two[1]);
   }
   return x;
 }

@@ -4,9 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <numbers>
 
-#include "base/rng.h"
+#include "base/normal.h"
 #include "checkpoint/layer_pattern.h"
 
 namespace kda {
@@ -26,10 +25,7 @@ class Draw {
     const auto w = words(i);
     return uniform53(w[0], w[1]);
   }
-  double normal(int64_t i) const {  // Box and Muller
-    const auto w = words(i);
-    return std::sqrt(-2 * std::log(1 - uniform53(w[0], w[1]))) * std::cos(2 * std::numbers::pi * uniform53(w[2], w[3]));
-  }
+  double normal(int64_t i) const { return normals(words(i))[0]; }
 
  private:
   std::array<uint32_t, 4> words(int64_t i) const {

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "base/normal.h"
+
 namespace kda {
 namespace {
 
@@ -22,6 +24,23 @@ TEST(Philox, UniformsStayInsideTheirRange) {
   EXPECT_EQ(uniform53(0, 0), 0.0);
   EXPECT_LT(uniform53(~0u, ~0u), 1.0);
   EXPECT_EQ(uniform53(0x40000000u, 0), 0.25);
+}
+
+TEST(Philox, NormalsAreNormal) {
+  EXPECT_EQ(normals({0, 0, 0, 0}), (std::array<double, 2>{0, 0}));
+  constexpr int kBlocks = 50'000;
+  double sum = 0, squares = 0, fourths = 0, products = 0, within = 0;
+  for (uint32_t i = 0; i < kBlocks; ++i) {
+    const auto x = normals(Philox::block(1, {i, 0, 0, 0}));
+    products += x[0] * x[1];
+    for (const double v : x) sum += v, squares += v * v, fourths += v * v * v * v, within += std::abs(v) < 1;
+  }
+  constexpr double n = 2 * kBlocks;  // four standard errors each: 1, sqrt 2, sqrt 96, 1 and 0.465 over root n
+  EXPECT_NEAR(sum / n, 0, 0.013);
+  EXPECT_NEAR(squares / n, 1, 0.018);
+  EXPECT_NEAR(fourths / n, 3, 0.124);
+  EXPECT_NEAR(products / kBlocks, 0, 0.018);
+  EXPECT_NEAR(within / n, 0.682689, 0.006);
 }
 
 }  // namespace

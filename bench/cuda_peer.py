@@ -4,7 +4,7 @@
 By hand, where PyTorch, Triton and fla-core are installed; prints JSON lines, progress goes to stderr.
 
     python bench/cuda_peer.py                           probes, forward, errors, decode
-    python bench/cuda_peer.py --golden kda_op.safetensors
+    python bench/cuda_peer.py --golden kda_op.safetensors,cases.safetensors   (tools/make_kda_cases.py)
     python bench/cuda_peer.py --ours lines.jsonl        lines of `kda bench kda` of the same machine: prints pairs too
     python bench/cuda_peer.py --parts probe,decode --seconds 60
 
@@ -172,26 +172,44 @@ def first_heads(c, o, state, H):
     return o[:, :, :H], state[:, :H]
 
 
-def errors(path, deadline, which):
-    tensors, meta = read_safetensors(path)
-    cases = {c["index"]: c for c in json.loads(meta["cases"])}
-    for i in which:
-        if time.time() > deadline:
-            return log("out of time before golden case", i)
-        c, H = golden_case(tensors, cases[i])
-        ro, rs = first_heads(c, *reference(c), H)
-        # itself proved: unrounded inputs would give the file's o; rounded ones stay near it
-        near = distance(ro, tensors[f"{i}.o"].to(DEVICE).double())
-        for name, f in (("chunk", chunk), ("recurrent", recurrent)):
-            if name == "recurrent" and i not in (3, 8, 4):
+def tuners():
+    import gc
+    from triton.runtime.autotuner import Autotuner
+    return [x for x in gc.get_objects() if isinstance(x, Autotuner)]
+
+
+def untuned():
+    """From here on each kernel takes the first of its configurations: errors need no tuning, which costs minutes."""
+    import fla.ops.kda  # noqa: F401
+    for t in tuners():
+        t.configs, t.cache = t.configs[:1], {}
+
+
+def errors(paths, deadline, mine=lambda i: True):
+    for path in paths:
+        tensors, meta = read_safetensors(path)
+        for case in json.loads(meta["cases"]):
+            i = case["index"]
+            if not mine(i):
                 continue
-            try:
-                o, s = first_heads(c, *f(c), H)
-                emit(op="kda_error", form=name, case=f"golden{i}", **cases[i] | {"index": i}, error_o=distance(o, ro),
-                     error_state=distance(s, rs), golden_distance=near)
-            except Exception as e:  # a peer's failure is a result
-                emit(op="kda_error", form=name, case=f"golden{i}", failed=str(e).splitlines()[0][:200])
-            log("golden case", i, name)
+            if time.time() > deadline:
+                return log("out of time before case", i)
+            name = case.pop("name", f"golden{i}")
+            c, H = golden_case(tensors, case)
+            ro, rs = first_heads(c, *reference(c), H)
+            line = dict(op="kda_error", case=name, **case)
+            if f"{i}.o" in tensors:
+                # itself proved: unrounded inputs would give the file's o; rounded ones stay near it
+                line |= dict(golden_distance=distance(ro, tensors[f"{i}.o"].to(DEVICE).double()))
+            for form, f in (("chunk", chunk), ("recurrent", recurrent)):
+                if form == "recurrent" and i not in (3, 4, 8):
+                    continue
+                try:
+                    o, s = first_heads(c, *f(c), H)
+                    emit(**line, form=form, error_o=distance(o, ro), error_state=distance(s, rs))
+                except Exception as e:  # a peer's failure is a result
+                    emit(**line, form=form, failed=(str(e).splitlines() or [repr(e)])[0][:200])
+            log("case", name)
 
 
 FORWARD = (("softplus", None, 1, 8192), ("softplus", None, 4, 8192), ("softplus", None, 1, 32768),
@@ -205,13 +223,10 @@ def forward(deadline, wanted):
         if time.time() > deadline:
             return log("out of time before forward", gate, B, T)
         c = random_case(B, T, HEADS, WIDTH, WIDTH, lower)
-        o, s = chunk(c)
+        chunk(c)
         torch.cuda.synchronize()
         log("first call", gate, B, T)
         line = dict(op="kda_forward", gate=gate, H=HEADS, K=WIDTH, V=WIDTH, N=B, T_per_sequence=T)
-        if (B, T) == (1, 8192):
-            ro, rs = reference(c)
-            line |= dict(error_o=distance(o, ro), error_state=distance(s, rs))
         eager = time_ms(lambda: chunk(c))
         line |= dict(eager_ms_p50=percentiles(eager)["ms_p50"])
         try:
@@ -275,29 +290,58 @@ def pairs(path):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--parts", default="probe,forward,decode,errors")
-    p.add_argument("--golden", help="kda_op.safetensors: errors on its cases")
+    p.add_argument("--parts", default="probe,forward,bounded,decode,errors")
+    p.add_argument("--golden", help="kda_op.safetensors and more of its kind, by commas: errors on their cases")
     p.add_argument("--ours", help="JSON lines of our own benchmark, to be set beside these")
     p.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many seconds")
+    p.add_argument("--compile", metavar="I/N", help="only fills Triton's cache, with the I-th of N shares: run N at once")
     a = p.parse_args()
     deadline = START + a.seconds
     log("torch", torch.__version__, torch.cuda.get_device_name())
     parts = a.parts.split(",")
-    check = lambda which: errors(a.golden, deadline, which) if a.golden else None
+    paths = a.golden.split(",") if a.golden else []
+    if a.compile:
+        return compile_share(*map(int, a.compile.split("/")), parts, paths, deadline)
     if "probe" in parts:
         probe()
         log("probed")
     import fla
     import triton
     emit(op="peer", fla=fla.__version__, torch=torch.__version__, triton=triton.__version__)
-    # what compiles and tunes fastest, and matters most, first
-    for part, run in (("forward", lambda: forward(deadline, "softplus")), ("errors", lambda: check((3, 8))),
-                      ("decode", lambda: decode(deadline)), ("errors", lambda: check((4,))),
-                      ("forward", lambda: forward(deadline, "bounded")), ("errors", lambda: check((6, 2, 5, 1, 7, 9, 0)))):
-        if part in parts:
-            run()
+    if "forward" in parts:
+        forward(deadline, "softplus")
+    if "decode" in parts:
+        decode(deadline)
+    if "bounded" in parts:
+        forward(deadline, "bounded")
+    if "errors" in parts:
+        untuned()
+        errors(paths, deadline)
     if a.ours:
         pairs(a.ours)
+
+
+def compile_share(i, n, parts, paths, deadline):
+    import fla.ops.kda  # noqa: F401
+    everything = [(t, t.configs) for t in tuners()]
+    if "errors" in parts:
+        untuned()
+        widths = {}  # cases of one width and gate are of one share
+        for path in paths:
+            for c in json.loads(read_safetensors(path)[1]["cases"]):
+                widths.setdefault((c["K"], c["V"], "lower" in c), []).append(c["index"])
+        mine = {x for k, group in enumerate(widths.values()) if k % n == i for x in group[:2]}
+        errors(paths, deadline, lambda x: x in mine)
+    for gate, lower in (("forward", None), ("bounded", -5.0)):
+        if gate not in parts or time.time() > deadline:
+            continue
+        for t, configs in everything:
+            t.configs, t.cache = configs[i::n] or configs[:1], {}
+        chunk(random_case(1, 8192, HEADS, WIDTH, WIDTH, lower))
+        torch.cuda.synchronize()
+        log("compiled", gate)
+    if "decode" in parts and i == 0:
+        decode(deadline)
 
 
 if __name__ == "__main__":

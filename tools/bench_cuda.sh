@@ -18,6 +18,7 @@ trap 'rm -rf "$work"' EXIT
 lines=$work/lines.jsonl
 golden=${KDA_GOLDEN_DIR:-../shared/golden}/kda_op.safetensors
 [ -e "$golden" ] || golden=
+if "$python" tools/make_kda_cases.py "$work/cases.safetensors" 2>/dev/null; then golden=${golden:+$golden,}$work/cases.safetensors; fi
 
 if [ "${KDA_BENCH_TESTS:-1}" != 0 ]; then
   echo "== tests" >&2

@@ -19,7 +19,8 @@ namespace {
 using nlohmann::json;
 
 struct Options {
-  std::string device = "auto", golden;
+  std::string device = "auto";
+  std::vector<std::string> golden;
   int threads = 0;
   int64_t H = 20, K = 128, V = 128, rounds = 30;
   std::vector<std::string> sizes{"1x8192", "4x8192", "1x32768"};
@@ -218,7 +219,7 @@ void run(const Options& o) {
   } else {
     read_rate = copy_rate = probe_dram_read_bytes_per_s(pool);
   }
-  if (!o.golden.empty()) check_golden(ctx, o.golden);
+  for (const std::string& path : o.golden) check_golden(ctx, path);
   for (const std::string& gate : o.gates)
     for (const std::string& size : o.sizes) {
       const size_t x = size.find('x');
@@ -267,7 +268,7 @@ void add_bench_kda(CLI::App& bench) {
       ->check(whole_number(1))
       ->capture_default_str();
   c->add_option("--rounds", o->rounds, "timings of each")->check(whole_number(1))->capture_default_str();
-  c->add_option("--golden", o->golden, "a file of cases (kda_op.safetensors): prints the error on each");
+  c->add_option("--golden", o->golden, "files of cases (kda_op.safetensors): prints the error on each")->delimiter(',');
   c->callback([o] { run(*o); });
 }
 

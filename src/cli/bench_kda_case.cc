@@ -115,7 +115,7 @@ std::vector<KdaCase> golden_kda_cases(const std::string& path, Dtype activation)
     const KdaSizes s{j.at("B"), j.at("T"), j.at("H"), j.at("K"), j.at("V")};
     KdaGateParams gate{.beta_scale = j.value("neg", false) ? 2.0f : 1.0f};
     if (j.contains("lower")) gate.kind = KdaGate::bounded, gate.lower_bound = j["lower"];
-    KdaCase c{.name = "golden" + std::to_string(j.at("index").get<int>()),
+    KdaCase c{.name = j.value("name", "golden" + std::to_string(j.at("index").get<int>())),
               .size = s,
               .gate = gate,
               .q = get("q"),

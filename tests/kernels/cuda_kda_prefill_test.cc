@@ -282,10 +282,40 @@ TEST(CudaKdaPrefill, SabotageIsNoticed) {
   EXPECT_GT(relative_l2(run(ctx, late).o, want.first), 1e-2);
 }
 
+// Keys that come back while nothing is forgotten: with beta near 2 each token reflects the state, and what is wrong once
+// in the same way with every token adds up over all of them. Rounding k to fp16 may change its length by 2^-12 / sqrt(K)
+// x sqrt(2) = 3e-5; left in, 1000 reflections would make 3e-2 of it. Independent roundings of u and S, 1.4e-4 each, of
+// which u is up to 8 times the state's part for one token, grow with the root of the number of tokens like the state
+// itself: 3e-3 a chunk, and sqrt(1000 / 64) chunks of them: 1.2e-2 at most.
+TEST(CudaKdaPrefill, KeysThatComeBackWithNothingForgotten) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  const float never = -60;
+  struct {
+    const char* name;
+    float beta, gate, spread;
+    int64_t T;
+    double limit;
+  } const cases[] = {{"equal keys", 2, never, 0, 200, 6e-3},      {"equal keys, long", 2, never, 0, 1000, 1.2e-2},
+                     {"beta 1.9", 1.9f, never, 0, 256, 6e-3},     {"beta 1.5", 1.5f, never, 0, 256, 4e-3},
+                     {"beta 1", 1, never, 0, 256, 3e-3},          {"nearly equal keys", 2, never, 0.03f, 256, 8e-3},
+                     {"keys of their own", 2, never, 9, 256, 4e-3}, {"some decay", 2, -6, 0, 256, 1.2e-2}};
+  for (const auto& c : cases) {
+    Prompt p(cat("cuda/again", c.name), {c.T}, 2, 128, 128);
+    p.gate.beta_scale = 2;
+    const std::vector<float> own = p.k;
+    for (size_t i = 0; i < p.k.size(); ++i) p.k[i] = float(bf16(own[i % 256] + c.spread * own[i]));
+    for (float& x : p.f) x = c.gate;
+    for (float& x : p.b) x = float(bf16(c.beta == 2 ? 40.0f : std::log(c.beta / (2 - c.beta))));
+    expect_answer(expected(p), run(ctx, p), c.name, c.limit, c.limit);
+  }
+}
+
 #ifdef KDA_CUDA
 TEST(CudaKdaPrefill, EveryFormAgrees) {
   KDA_NEEDS_CUDA();
   CudaContext ctx(size_t(256) << 20);
+  const bool flows = cuda::prefill_device(ctx).flows;
   for (const Gate kind : {Gate::ordinary, Gate::weak, Gate::mixed}) {
     Prompt p(cat("cuda/forms", int(kind)), {300, 0, 65, 500}, 2, 128, 128, kind, 8);
     p.pack.in = {0, 1, -1, 3};
@@ -299,17 +329,60 @@ TEST(CudaKdaPrefill, EveryFormAgrees) {
                              {.chunked = true, .pass_chunks = pass_chunks, .segments = segments, .warps = warps});
         expect_answer(want, r.answer(), cat(segments, " segments, ", pass_chunks, " chunks a pass"));
       }
+    for (const int64_t ring : {2, 3, 12, 100})
+      for (const int alone : {0, 1, 100}) {
+        if (!flows) continue;
+        Call r(ctx, p);
+        cuda::kda_prefill_as(ctx, r.args, {.chunked = true, .pass_chunks = 1, .ring = ring, .alone = alone});
+        expect_answer(want, r.answer(), cat("ring of ", ring, ", alone ", alone));
+      }
     Call r(ctx, p);
     cuda::kda_prefill_as(ctx, r.args, {});
     expect_answer(want, r.answer(), "token by token", kGeneralState);
   }
 }
 
+// Small enough for racecheck.
+TEST(CudaKdaPrefill, EveryFormInSmall) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  for (const auto& [K, V] : {std::pair<int64_t, int64_t>{128, 128}, {64, 64}}) {
+    const Prompt p(cat("cuda/small", K), {70, 0, 20}, 1, K, V, Gate::weak);
+    const auto want = expected(p);
+    std::vector<cuda::PrefillPlan> plans = {{},
+                                            {.chunked = true, .pass_chunks = 1},
+                                            {.chunked = true, .pass_chunks = 5, .segments = 2}};
+    if (V == 128) plans.push_back({.chunked = true, .pass_chunks = 5, .warps = 8});
+    if (cuda::prefill_device(ctx).flows) plans.push_back({.chunked = true, .pass_chunks = 1, .ring = 2});
+    for (size_t i = 0; i < plans.size(); ++i) {
+      Call r(ctx, p);
+      cuda::kda_prefill_as(ctx, r.args, plans[i]);
+      expect_answer(want, r.answer(), cat("K", K, " plan ", i));
+    }
+  }
+}
+
+// Chunk numbers without tokens lie between those that the blocks of the flowing form wait for.
+TEST(CudaKdaPrefill, AFlowWithGaps) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  if (!cuda::prefill_device(ctx).flows) GTEST_SKIP() << "no code for this device";
+  std::vector<int64_t> lengths(50, 0);
+  lengths[0] = 64, lengths[1] = 65, lengths[4] = 1, lengths[30] = 100, lengths[49] = 3;
+  const Prompt p("cuda/gaps", lengths, 2, 64, 64, Gate::weak);
+  const auto want = expected(p);
+  for (const int64_t ring : {2, 3, 5, 30}) {
+    Call r(ctx, p);
+    cuda::kda_prefill_as(ctx, r.args, {.chunked = true, .pass_chunks = 1, .ring = ring});
+    expect_answer(want, r.answer(), cat("ring of ", ring));
+  }
+}
+
 // sm_90: 132 multiprocessors, 227 KB.
 TEST(CudaKdaPrefill, TheFormIsChosenFromSizesAndTheChip) {
   const auto plan = [](int64_t N, int64_t longest, int64_t H, int64_t K = 128, int64_t V = 128,
-                       int64_t shared = 232448) {
-    return cuda::plan_prefill(132, shared, N * longest, N, longest, H, K, V);
+                       int64_t shared = 232448, bool flows = false) {
+    return cuda::plan_prefill({132, shared, flows}, N * longest, N, longest, H, K, V);
   };
   EXPECT_GT(plan(1, 32768, 20).segments, 1) << "few chains";
   EXPECT_EQ(plan(4, 8192, 20).segments, 1) << "enough chains";

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kPassBytes = int64_t(768) << 20;  // of records; 35,000 tokens at H = 20, K = V = 128
 constexpr int64_t kFarBytes = int64_t(256) << 20;   // of records; measured between 200 and 775 MB
+constexpr int64_t kRing = 12;                       // chunk numbers: 18 MB at H = 20, K = V = 128; measured 8 to 64
 constexpr int64_t kScanRows = 64;                   // of a state, in one block
 
 int64_t round_256(int64_t n) { return (n + 255) / 256 * 256; }
@@ -52,8 +53,19 @@ void run(Context& ctx, prefill::Args a, std::span<const int32_t> start, const Pr
 
 }  // namespace
 
-PrefillPlan plan_prefill(int sms, int64_t shared_bytes, int64_t T, int64_t N, int64_t longest, int64_t H, int64_t K,
+PrefillDevice prefill_device(const Context& ctx) {
+  const Device& d = device_of(ctx);
+  PrefillDevice p{.sms = d.sms, .shared_bytes = d.shared_bytes};
+  p.flows = d.properties.major == 9 && d.properties.cooperativeLaunch && prefill::flow_code() &&
+            int64_t(d.properties.sharedMemPerMultiprocessor) >= 2 * (prefill::flow_shared_bytes(128) + 1024) &&
+            d.properties.regsPerMultiprocessor >= 65536;
+  return p;
+}
+
+PrefillPlan plan_prefill(const PrefillDevice& d, int64_t T, int64_t N, int64_t longest, int64_t H, int64_t K,
                          int64_t V) {
+  const int sms = d.sms;
+  const int64_t shared_bytes = d.shared_bytes;
   PrefillPlan p;
   const auto fits = [](int64_t x) { return x == 64 || x == 128; };
   p.chunked =
@@ -77,15 +89,20 @@ PrefillPlan plan_prefill(int sms, int64_t shared_bytes, int64_t T, int64_t N, in
 
 size_t prefill_bytes(const PrefillPlan& p, int64_t N, int64_t H, int64_t K, int64_t V) {
   if (!p.chunked) return 0;
+  if (p.ring > 0) return size_t(round_256(prefill::flow_bytes(H, V, p.ring)) + p.ring * H * record_bytes(K, V));
   return size_t(2 * carry_bytes(H, K, V) + summary_bytes(p, N, H, K, V) + p.pass_chunks * H * record_bytes(K, V));
 }
 
 size_t kda_prefill_workspace(const Context& ctx, int64_t T, int64_t N, int64_t H, int64_t K, int64_t V) {
-  const Device& d = device_of(ctx);
-  // Not more segments than there are chains to spare, whatever the lengths.
-  PrefillPlan p = plan_prefill(d.sms, d.shared_bytes, T, N, T, H, K, V);
+  const PrefillDevice d = prefill_device(ctx);
+  PrefillPlan p = plan_prefill(d, T, N, T, H, K, V);
+  // The plan depends on lengths that are not known here: not more segments than there are chains to spare, and not more
+  // places than a ring has at most.
   p.segments = int(std::max<int64_t>(1, d.sms / std::max<int64_t>(1, N * H * (V / kScanRows))));
-  return prefill_bytes(p, N, H, K, V);
+  p.ring = 0;
+  const size_t chained = prefill_bytes(p, N, H, K, V);
+  p.ring = d.flows ? kRing : 0;
+  return std::max(chained, prefill_bytes(p, N, H, K, V));
 }
 
 void kda_prefill_as(Context& ctx, const KdaPrefill& a, const PrefillPlan& plan) {
@@ -106,6 +123,16 @@ void kda_prefill_as(Context& ctx, const KdaPrefill& a, const PrefillPlan& plan) 
   }
   KDA_CHECK(plan.pass_chunks > 0 && plan.segments > 0, "kda_prefill: a plan needs chunks and segments");
   char* const work = static_cast<char*>(workspace(ctx, prefill_bytes(plan, N, H, K, V), "kda_prefill"));
+  if (plan.ring > 0) {
+    const int64_t slots = prefill::first_slot(a.packing.host_start[size_t(N)], N);
+    p.records = work + round_256(prefill::flow_bytes(H, V, plan.ring));
+    const int blocks = 2 * device_of(ctx).sms;
+    if (K == 128)
+      prefill::flow_chunks<128>(p, plan.ring, slots, plan.alone, work, blocks, stream_of(ctx));
+    else
+      prefill::flow_chunks<64>(p, plan.ring, slots, plan.alone, work, blocks, stream_of(ctx));
+    return;
+  }
   char* carry[2] = {work, work + carry_bytes(H, K, V)};
   p.summaries = reinterpret_cast<float*>(work + 2 * carry_bytes(H, K, V));
   p.records = work + 2 * carry_bytes(H, K, V) + summary_bytes(plan, N, H, K, V);
@@ -116,12 +143,11 @@ void kda_prefill_as(Context& ctx, const KdaPrefill& a, const PrefillPlan& plan) 
 }
 
 void kda_prefill(Context& ctx, const KdaPrefill& a) {
-  const Device& d = device_of(ctx);
   const int64_t N = a.packing.N();
   if (N == 0) return;
-  kda_prefill_as(
-      ctx, a,
-      plan_prefill(d.sms, d.shared_bytes, a.q.dim(0), N, a.packing.longest(), a.q.dim(1), a.q.dim(2), a.v.dim(2)));
+  kda_prefill_as(ctx, a,
+                 plan_prefill(prefill_device(ctx), a.q.dim(0), N, a.packing.longest(), a.q.dim(1), a.q.dim(2),
+                              a.v.dim(2)));
 }
 
 }  // namespace kda::cuda

@@ -40,12 +40,23 @@ struct Args {
   float* summaries;  // [last-first+1, segments-1, H, V+K, K]: what a segment adds, [V,K], and what it does, [K,K]
 };
 
+// Both phases in one launch: what its blocks tell each other. All zero at the start.
+struct Flow {
+  int64_t ring, slots;  // places for chunk numbers; chunk numbers of the pack
+  uint32_t* ready;      // [ring,H] how often the place was filled
+  uint32_t* progress;   // [V/64,H] the first chunk number still to be read
+  uint32_t *ticket, *chain_ticket;
+  uint32_t* of_sm;      // [kFlowSms,2] blocks that came to a multiprocessor; what the first became, and 1
+  int32_t alone;        // so many chains have a multiprocessor to themselves
+};
+inline constexpr int kFlowSms = 1024;
+
 // What the first phase leaves of one chunk and head for the second: bytes of each part. The matrices are tiles of 64
 // fp16 columns, rows of 128 bytes, units of 16 bytes at unit ^ (row & 7): what wgmma calls the 128-byte swizzle.
 //   W   -T K^, [token][K]
 //   K'  [token][K]
 //   E   [K] the chunk's whole decay                                                           f32
-//   P   [token][token]
+//   P   [token][token]; E again, and U0's powers, where tokens 32.. cannot reach tokens ..31 (spare_at)
 //   Q^  [token][K]
 //   U0  as accumulators: [V/16][4][lane] of 16 bytes, times a power of two for each 16 values   fp16
 //   and the inverse of that power: [V/16]                                                     f32
@@ -61,6 +72,9 @@ struct Record {
 
 // Where unit u of row r lies in a matrix of 64 rows as above.
 __device__ inline int tile_at(int r, int u) { return (u >> 3) * 8192 + r * 128 + (((u ^ r) & 7) * 16); }
+
+// In the P tile: unit u (0 or 1) of row r < 32 that no product reads.
+__device__ inline int spare_at(int r, int u) { return tile_at(r, 4 + u); }
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -162,11 +176,19 @@ void scan_chunks(const Args&, int warps, cudaStream_t);
 template <int K>
 void summarise_segments(const Args&, cudaStream_t);
 
+// Both phases at once, over the whole pack. control: flow_bytes; blocks: that are resident together, on a device with
+// machine code for sm_90a.
+bool flow_code();  // whether this binary has that code
+int64_t flow_bytes(int64_t H, int64_t V, int64_t ring);
+template <int K>
+void flow_chunks(Args, int64_t ring, int64_t slots, int alone, char* control, int blocks, cudaStream_t);
+
 // Any K and V, token by token.
 void prefill_general(const Args&, int64_t K, cudaStream_t);
 int64_t general_shared_bytes(int64_t K);
 
 int64_t prepare_shared_bytes(int64_t K);
 int64_t scan_shared_bytes(int64_t K);
+int64_t flow_shared_bytes(int64_t K);
 
 }  // namespace kda::cuda::prefill

@@ -3,6 +3,7 @@
 // give is the A operand of the next: nothing of a step goes through shared memory but what the chunk brings.
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/kda_prefill.cuh"
+#include "kernels/cuda/kda_prefill_group.cuh"
 
 namespace kda::cuda::prefill {
 namespace {
@@ -18,96 +19,13 @@ constexpr int shared_bytes(int stages) {
   return Stage<K, warps, summary>::bytes * stages + 1024;  // a tile begins at a multiple of 1024
 }
 
-#if __CUDA_ARCH__ >= 900
-__device__ inline void barrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::
-          "r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-__device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-#endif
-
-__device__ inline uint32_t transposed(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-__device__ inline uint32_t bf16_bits(float x, float y) {
-  const __nv_bfloat162 h = __floats2bfloat162_rn(x, y);
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
-__device__ inline __half2 as_half2(uint32_t x) { return *reinterpret_cast<const __half2*>(&x); }
-
-// 2^-(the exponent of x), so that x becomes 1 .. 2
-__device__ inline float inverse_power(float x) {
-  const int e = min(max(int(__float_as_uint(x) >> 23) - 127, -100), 100);
-  return __uint_as_float(uint32_t(127 - e) << 23);
-}
-
-// ---- products with the tiles of a chunk in shared memory: by a warpgroup (sm_90a) ..
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define KDA_REGISTERS(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define KDA_REGISTERS8(d, j)                                                                      \
-  KDA_REGISTERS(d, j), KDA_REGISTERS(d, j + 1), KDA_REGISTERS(d, j + 2), KDA_REGISTERS(d, j + 3), \
-      KDA_REGISTERS(d, j + 4), KDA_REGISTERS(d, j + 5), KDA_REGISTERS(d, j + 6), KDA_REGISTERS(d, j + 7)
-
-// A tile for wgmma: its address, 1024 bytes from 8 rows to the next 8, 8192 from 64 columns to the next 64.
-__device__ inline uint64_t tile(uint32_t address) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(8192 >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
-// What 16 columns further on adds to it, in a matrix `from` bytes behind.
-__device__ constexpr uint64_t tile_step(int64_t from, int step) {
-  return uint64_t(from + (step >> 2) * 8192 + (step & 3) * 32) / 16;
-}
-__device__ inline void group_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int left, int n>
-__device__ inline void group_wait(float (&d)[n][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
-#pragma unroll
-  for (int j = 0; j < n; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][e])::"memory");
-}
-// d[64,64] += a[64,16] b[16,64]; b by rows of its columns (across = 0) or as it is (across = 1). keep = 0: d = ..
-template <int across>
-__device__ inline void group_mma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, int keep = 1) {
-  asm volatile(
-      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, keep, 1, 1, %38;\n}"
-      : KDA_REGISTERS8(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(across));
-}
-template <int across>
-__device__ inline void group_mma(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int keep = 1) {
-  asm volatile(
-      "{\n.reg .pred keep;\nsetp.ne.b32 keep, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,"
-      "%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, "
-      "keep, 1, 1, %70;\n}"
-      : KDA_REGISTERS8(d, 0), KDA_REGISTERS8(d, 8)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(across));
-}
-#else
-// .. and by a warp for itself: d[16,64] += a[16,16] b[16,64], 16 of the columns that b has as rows.
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+// Where no warpgroup multiplies, a warp for itself: d[16,64] += a[16,16] b[16,64], 16 of the columns that b has as rows.
 __device__ inline void warp_rows(float (&d)[8][4], const uint32_t (&a0)[4], const uint32_t (&a1)[4], uint32_t tiles,
-                                 int step, int lane) {
+                                 int step, int lane, int from = 0) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
+    if (j < from) continue;
     uint32_t b[4];
     ldmatrix(b, tiles + tile_at(8 * j + (lane & 7), 4 * step + (lane >> 3)));
     mma(d[j], a0, b[0], b[1]);
@@ -209,7 +127,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
   }
   float power = 1;  // S holds the state times this power of two, so that fp16 can hold it
   const auto store = [&](float* at) {
-    const float back = 1.0f / power;
+    const float back = inverse(power);
 #pragma unroll
     for (int j = 0; j < NT; ++j)
 #pragma unroll
@@ -223,16 +141,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
            (a.marks[mark].sequence < n || (a.marks[mark].sequence == n && a.marks[mark].tokens <= from * kChunk)))
       ++mark;
   const float root = rsqrtf(float(K));
-  float o[8][4] = {};  // O / s of a chunk times `power`, transposed: rows of v, columns of tokens
-  float o_by = 0;
+  float o[8][4] = {};         // O / s of a chunk times `power`, transposed: rows of v, columns of tokens
+  uint32_t out[8][2] = {};    // o of the chunk before, not yet written
   const auto write_o = [&](int i) {
     const int64_t t = (from + i) * kChunk, next = 8 * int64_t(H) * V;
     const int left = int(min(int64_t(kChunk), tokens - t)) - g;
     __nv_bfloat16* to_o = a.o + ((token_start + t + g) * H + h) * V + row0 + 2 * tq;
 #pragma unroll
     for (int j = 0; j < 8; ++j, to_o += next) {
-      const uint32_t low = transposed(bf16_bits(o[j][0] * o_by, o[j][1] * o_by)),
-                     high = transposed(bf16_bits(o[j][2] * o_by, o[j][3] * o_by));
+      const uint32_t low = transposed(out[j][0]), high = transposed(out[j][1]);
       if (8 * j < left) {
         *reinterpret_cast<uint32_t*>(to_o) = low;
         *reinterpret_cast<uint32_t*>(to_o + 8) = high;
@@ -329,6 +246,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
     const uint64_t tiles = tile(buffer_address);
 #endif
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    float(&early)[4][4] = reinterpret_cast<float(&)[4][4]>(o[0]), (&late)[4][4] = reinterpret_cast<float(&)[4][4]>(o[4]);
+    decay();
     group_begin();
 #pragma unroll
     for (int step = 0; step < K / 16; ++step) {
@@ -337,9 +256,21 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
       group_mma<0>(u, x, tiles + tile_step(R::w, step));
     }
     group_commit();
-    if (!summary && i > 0) write_o(i - 1);  // while that runs
-    decay();
-    group_wait<0>(u);
+    if constexpr (!summary) {
+      group_begin();
+#pragma unroll
+      for (int step = 0; step < K / 16; ++step) {
+        uint32_t x[4];
+        a_of(x, step);
+        group_mma32(early, x, tiles + tile_step(R::q, step), step > 0);
+        group_mma32(late, x, tiles + tile_step(R::q + 32 * 128, step), step > 0);
+      }
+      group_commit();
+      if (i > 0) write_o(i - 1);  // while those run
+      group_wait<1>(u);
+    } else {
+      group_wait<0>(u);
+    }
     round_u();
     group_begin();
 #pragma unroll
@@ -350,20 +281,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
     }
     if constexpr (!summary) {
 #pragma unroll
-      for (int step = 0; step < K / 16; ++step) {
-        uint32_t x[4];
-        a_of(x, step);
-        group_mma<0>(o, x, tiles + tile_step(R::q, step), step > 0);
-      }
-#pragma unroll
       for (int step = 0; step < 4; ++step) {
         uint32_t x[4];
         u_of(x, step);
-        group_mma<0>(o, x, tiles + tile_step(R::p, step));
+        if (step < 2) group_mma32(early, x, tiles + tile_step(R::p, step));  // no token reaches an earlier one
+        group_mma32(late, x, tiles + tile_step(R::p + 32 * 128, step));
       }
     }
     group_commit();
-    if constexpr (!summary) group_wait<0>(o);
+    if constexpr (!summary) group_wait<0>(early), group_wait<0>(late);
     group_wait<0>(S);
 #else
     if (!summary && i > 0) write_o(i - 1);
@@ -400,13 +326,16 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
       for (int p = 0; p < 2; ++p) {
         uint32_t u0[4], u1[4];
         u_of(u0, 2 * p), u_of(u1, 2 * p + 1);
-        warp_rows(o, u0, u1, buffer_address + uint32_t(R::p), p, lane);
+        warp_rows(o, u0, u1, buffer_address + uint32_t(R::p), p, lane, 4 * p);
       }
     }
 #endif
 
     if constexpr (!summary) {
-      o_by = root / power;
+      const float by = root * inverse(power);
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        out[j][0] = bf16_bits(o[j][0] * by, o[j][1] * by), out[j][1] = bf16_bits(o[j][2] * by, o[j][3] * by);
       if (mark < a.marks_n && a.marks[mark].sequence == n && a.marks[mark].tokens == (from + i + 1) * kChunk) {
         store(a.state + (int64_t(a.marks[mark].slot) * H + h) * V * K);
         ++mark;

@@ -1,0 +1,442 @@
+// Both parts of the chunked forward pass in one kernel (sm_90a). H * V/64 of its blocks take the states from chunk to
+// chunk; all others prepare chunks, in the order of the pack, into a ring of records that the first read right behind
+// them: what passes between the two stays in the L2 cache. Blocks wait for each other, so all are resident: the launch is
+// cooperative.
+#include <algorithm>
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/kda_prefill_group.cuh"
+#include "kernels/cuda/kda_prefill_prepare.cuh"
+
+namespace kda::cuda::prefill {
+namespace {
+
+// A stage of the ring in shared memory: one record's matrices.
+template <int K>
+struct FlowStage {
+  enum : int { w = 0, k = 64 * K * 2, q = 2 * k, p = 3 * k, bytes = p + 64 * 128 };
+};
+template <int K>
+constexpr int flow_shared() {
+  const int chain = 2 * FlowStage<K>::bytes + 64;
+  return Layout<K>::bytes > chain ? Layout<K>::bytes : chain;
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ inline uint32_t load_acquire(const uint32_t* p) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+__device__ inline void store_release(uint32_t* p, uint32_t x) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+// What ordinary stores of any block wrote, before bulk copies read it.
+__device__ inline void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline bool barrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+__device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// The chunks of a pack in order, those of sequences without tokens left out.
+struct Cursor {
+  const Args& a;
+  int n;             // the sequence
+  int32_t start, tokens;
+  int64_t chunk, chunks;
+  bool more;
+  __device__ explicit Cursor(const Args& args) : a(args), n(-1), start(0), tokens(0), chunk(0), chunks(0) { next_sequence(); }
+  __device__ void next_sequence() {
+    for (more = ++n < a.N; more; more = ++n < a.N) {
+      start = a.start[n], tokens = a.start[n + 1] - start;
+      chunk = 0, chunks = (tokens + kChunk - 1) / kChunk;
+      if (chunks > 0) return;
+    }
+  }
+  __device__ void next() {
+    if (++chunk == chunks) next_sequence();
+  }
+  __device__ int64_t slot() const { return more ? first_slot(start, n) + chunk : ~uint32_t(0); }
+};
+
+// Where a chunk number lies in the ring, and how often its place was filled with it.
+struct Place {
+  int64_t slot = 0;
+  uint32_t at = 0, generation = 1;
+  __device__ void go_to(int64_t next, uint32_t ring) {
+    for (at += uint32_t(next - slot); at >= ring; at -= ring) ++generation;
+    slot = next;
+  }
+};
+
+__device__ inline bool has_tokens(const Args& a, int64_t slot) {
+  const int n = sequence_of(a, slot);
+  return a.start[n] + (slot - first_slot(a.start[n], n)) * kChunk < a.start[n + 1];
+}
+
+// Until what lies in the place of chunk number `slot` was read by all who read it.
+__device__ inline void wait_for_place(const Args& a, const Flow& flow, int64_t slot, int h) {
+  int64_t before = slot - flow.ring;
+  while (before >= 0 && !has_tokens(a, before)) before -= flow.ring;
+  for (int rows = 0; rows < a.V / 64; ++rows)
+    while (before >= 0 && int64_t(load_acquire(flow.progress + rows * a.H + h)) <= before) __nanosleep(64);
+}
+
+// The thread that brings records.
+template <int K>
+__device__ __forceinline__ void bring(const Args& a, const Flow& flow, const int h, const int rows, const uint32_t base,
+                                      const uint32_t barriers) {
+  using G = FlowStage<K>;
+  using R = Record<K>;
+  const int64_t bytes = R::bytes(a.V);
+  uint32_t* const progress = flow.progress + rows * a.H + h;
+  Cursor behind(a);  // the first chunk that is not through, of that number:
+  int through = 0, i = 0;
+  Place place;
+  store_release(progress, uint32_t(behind.slot()));
+  for (Cursor at(a); at.more; at.next(), ++i) {
+    const int s = i & 1;
+    place.go_to(at.slot(), uint32_t(flow.ring));
+    const uint32_t* const ready = flow.ready + int64_t(place.at) * a.H + h;
+    // Whoever fills this place may wait for what lies there to be read, so that is told all the time.
+    for (bool filled = false; !filled || through < i - 1;) {
+      if (!filled) filled = load_acquire(ready) == place.generation;
+      if (through < i && barrier_test(barriers + 16 + 8 * (through & 1), uint32_t(through >> 1) & 1)) {
+        ++through, behind.next();
+        store_release(progress, uint32_t(behind.slot()));
+      }
+    }
+    fence_async();
+    const char* const record = a.records + (int64_t(place.at) * a.H + h) * bytes;
+    const uint32_t into = base + s * G::bytes, full = barriers + 8 * s;
+    barrier_expect(full, G::bytes);
+    copy_bulk(into + G::w, record + R::w, 64 * K * 2, full);
+    copy_bulk(into + G::q, record + R::q, 64 * K * 2, full);
+    copy_bulk(into + G::k, record + R::k, 64 * K * 2, full);
+    copy_bulk(into + G::p, record + R::p, 64 * 128, full);
+  }
+}
+
+// Four warps: 64 rows of the state of head h, of one sequence after the other.
+template <int K>
+__device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int h, const int rows, const uint32_t base,
+                                      const char* const shared, const uint32_t barriers) {
+  using G = FlowStage<K>;
+  using R = Record<K>;
+  constexpr int NT = K / 8;
+  const int tid = int(threadIdx.x), w = tid >> 5, lane = tid & 31, g = lane >> 2, tq = lane & 3;
+  const int V = a.V, H = a.H, row0 = rows * 64 + w * 16;
+  const int64_t bytes = R::bytes(V);
+  float S[NT][4], power = 1;  // S: the state times this power of two, so that fp16 can hold it
+  float o[2][4][4] = {};      // O / s of a chunk times `power`, transposed: rows of v, columns of 2 x 32 tokens
+  uint32_t out[8][2] = {};    // o of the chunk before, not yet written
+  const float root = rsqrtf(float(K));
+  const auto load = [&](int n) {
+    const float* const source = a.in[n] >= 0 ? a.state + (int64_t(a.in[n]) * H + h) * V * K : nullptr;
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float2 x = make_float2(0, 0);
+        if (source)
+          x = *reinterpret_cast<const float2*>(source + int64_t(row0 + g + 8 * half) * K + 8 * j + 2 * tq);
+        S[j][2 * half] = x.x, S[j][2 * half + 1] = x.y;
+      }
+    power = 1;
+  };
+  const auto store = [&](int slot) {
+    if (slot < 0) return;
+    float* const at = a.state + (int64_t(slot) * H + h) * V * K;
+    const float back = inverse(power);
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<float2*>(at + int64_t(row0 + g + 8 * half) * K + 8 * j + 2 * tq) =
+            make_float2(S[j][2 * half] * back, S[j][2 * half + 1] * back);
+  };
+  __nv_bfloat16* to_o = nullptr;
+  int left = 0;
+  const auto write_o = [&] {
+    const int64_t next = 8 * int64_t(H) * V;
+    __nv_bfloat16* to = to_o;
+#pragma unroll
+    for (int j = 0; j < 8; ++j, to += next) {
+      const uint32_t low = transposed(out[j][0]), high = transposed(out[j][1]);
+      if (8 * j < left) {
+        *reinterpret_cast<uint32_t*>(to) = low;
+        *reinterpret_cast<uint32_t*>(to + 8) = high;
+      }
+    }
+  };
+  // Sequences without tokens hand their states on.
+  int done = 0;
+  const auto hand_on = [&](int to) {
+    for (; done < to; ++done)
+      if (a.start[done] == a.start[done + 1]) load(done), store(a.out[done]);
+    done = to + 1;
+  };
+  Place place;
+  int mark = 0, i = 0;
+  for (Cursor at(a); at.more; at.next(), ++i) {
+    const int s = i & 1;
+    if (at.chunk == 0) {
+      hand_on(at.n);
+      load(at.n);
+      while (mark < a.marks_n && a.marks[mark].sequence < at.n) ++mark;
+    }
+    const char* const buffer = shared + s * G::bytes;
+    const uint64_t tiles = tile(base + s * G::bytes);
+    barrier_wait(barriers + 8 * s, uint32_t(i >> 1) & 1);
+    place.go_to(at.slot(), uint32_t(flow.ring));
+    uint4 u0[4];
+    {
+      const uint4* const from =
+          reinterpret_cast<const uint4*>(a.records + (int64_t(place.at) * H + h) * bytes + R::u + rows * 8192) + w * 128 + lane;
+#pragma unroll
+      for (int x = 0; x < 4; ++x) u0[x] = __ldcg(from + x * 32);
+    }
+    uint32_t A[NT][2];
+    const auto rounded = [&] {
+      __half2 most = __float2half2_rn(0.0f);
+#pragma unroll
+      for (int j = 0; j < NT; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          A[j][e] = half2_bits(S[j][2 * e], S[j][2 * e + 1]);
+          most = __hmax2(most, __habs2(as_half2(A[j][e])));
+        }
+      return fmaxf(__low2float(most), __high2float(most));
+    };
+    const float unscale = reinterpret_cast<const float*>(buffer + G::p + spare_at(rows, 1))[w];
+    {
+      const float most = rounded(), u_most = unscale * 0x1p11f * power;
+      // |W| <= 2 in length, so |W S| <= 2 sqrt(K) max |S|: with these limits no U passes 65504.
+      if (__any_sync(~0u, most > 0x1p10f || u_most > 0x1p14f) || !__any_sync(~0u, fmaxf(most, u_most) >= 0x1p-3f)) {
+        float top = u_most;
+#pragma unroll
+        for (int j = 0; j < NT; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(S[j][e]));
+#pragma unroll
+        for (int m = 16; m; m /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
+        const float by = inverse_power(top) * 0x1p6f;
+        if (top > 0 && (by < 1 || power < 0x1p40f)) {
+          power *= by;
+#pragma unroll
+          for (int j = 0; j < NT; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) S[j][e] *= by;
+          rounded();
+        }
+      }
+    }
+    const auto a_of = [&](uint32_t(&x)[4], int step) {
+      x[0] = A[2 * step][0], x[1] = A[2 * step][1], x[2] = A[2 * step + 1][0], x[3] = A[2 * step + 1][1];
+    };
+    {
+      const char* const e_at = buffer + G::p;
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+        const float2 e = *reinterpret_cast<const float2*>(e_at + spare_at(2 * j + (tq >> 1), 0) + (tq & 1) * 8);
+        S[j][0] *= e.x, S[j][1] *= e.y, S[j][2] *= e.x, S[j][3] *= e.y;
+      }
+    }
+    float u[8][4];  // U = U0 - S W^T, transposed
+    group_begin();
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step) {
+      uint32_t x[4];
+      a_of(x, step);
+      group_mma<0>(u, x, tiles + tile_step(G::w, step), step > 0);
+    }
+    group_commit();
+    group_begin();
+#pragma unroll
+    for (int step = 0; step < K / 16; ++step) {
+      uint32_t x[4];
+      a_of(x, step);
+      group_mma32(o[0], x, tiles + tile_step(G::q, step), step > 0);
+      group_mma32(o[1], x, tiles + tile_step(G::q + 32 * 128, step), step > 0);
+    }
+    group_commit();
+    if (i > 0) write_o();  // while those run
+    to_o = a.o + ((at.start + at.chunk * kChunk + g) * H + h) * V + row0 + 2 * tq;
+    left = int(min(int64_t(kChunk), at.tokens - at.chunk * kChunk)) - g;
+    group_wait<1>(u);
+    uint32_t U[8][2];
+    {
+      const float by = unscale * power;
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const float2 p0 = half2_floats(u0[x].x), p1 = half2_floats(u0[x].y), p2 = half2_floats(u0[x].z),
+                     p3 = half2_floats(u0[x].w);
+        U[2 * x][0] = half2_bits(u[2 * x][0] + p0.x * by, u[2 * x][1] + p0.y * by);
+        U[2 * x][1] = half2_bits(u[2 * x][2] + p1.x * by, u[2 * x][3] + p1.y * by);
+        U[2 * x + 1][0] = half2_bits(u[2 * x + 1][0] + p2.x * by, u[2 * x + 1][1] + p2.y * by);
+        U[2 * x + 1][1] = half2_bits(u[2 * x + 1][2] + p3.x * by, u[2 * x + 1][3] + p3.y * by);
+      }
+    }
+    const auto u_of = [&](uint32_t(&x)[4], int step) {
+      x[0] = U[2 * step][0], x[1] = U[2 * step][1], x[2] = U[2 * step + 1][0], x[3] = U[2 * step + 1][1];
+    };
+    group_begin();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t x[4];
+      u_of(x, step);
+      group_mma<1>(S, x, tiles + (G::k + step * 2048) / 16);
+    }
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t x[4];
+      u_of(x, step);
+      if (step < 2) group_mma32(o[0], x, tiles + tile_step(G::p, step));  // no token reaches an earlier one
+      group_mma32(o[1], x, tiles + tile_step(G::p + 32 * 128, step));
+    }
+    group_commit();
+    group_wait<0>(o[0]);
+    group_wait<0>(o[1]);
+    group_wait<0>(S);
+    {
+      const float by = root * inverse(power);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float(&x)[4] = o[j >> 2][j & 3];
+        out[j][0] = bf16_bits(x[0] * by, x[1] * by), out[j][1] = bf16_bits(x[2] * by, x[3] * by);
+      }
+    }
+    if (lane == 0) barrier_arrive(barriers + 16 + 8 * s);
+    if (mark < a.marks_n && a.marks[mark].sequence == at.n && a.marks[mark].tokens == (at.chunk + 1) * kChunk)
+      store(a.marks[mark++].slot);
+    if (at.chunk + 1 == at.chunks) store(a.out[at.n]);
+  }
+  if (i > 0) write_o();
+  hand_on(a.N);
+}
+#endif
+
+template <int K>
+__global__ void __launch_bounds__(kThreads, 2) flow_kernel(const Args a, const Flow flow) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) char shared[];
+  const int tid = int(threadIdx.x), chains = a.H * (a.V / 64);
+  // The first block of a multiprocessor may become a chain; those after it know.
+  uint32_t* const told = reinterpret_cast<uint32_t*>(shared);
+  if (tid == 0) {
+    uint32_t sm, role;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    uint32_t* const of_sm = flow.of_sm + 2 * (sm % kFlowSms);
+    const bool first = atomicAdd(of_sm, 1u) == 0;
+    if (first) {
+      role = atomicAdd(flow.chain_ticket, 1u);
+      store_release(of_sm + 1, role + 1);
+    } else {
+      while ((role = load_acquire(of_sm + 1)) == 0) {
+      }
+      role = int(role) <= flow.alone ? ~0u - 1 : ~0u - 2;  // nothing at all; chunks
+    }
+    *told = role;
+  }
+  __syncthreads();
+  const uint32_t role = *told;
+  __syncthreads();
+  if (role == ~0u - 1) return;
+  if (role < uint32_t(chains)) {
+    const int h = int(role) % a.H, rows = int(role) / a.H;
+    const uint32_t base = shared_address(shared), barriers = base + 2 * FlowStage<K>::bytes;
+    if (tid == 0) {
+      for (int s = 0; s < 2; ++s) barrier_init(barriers + 8 * s, 1), barrier_init(barriers + 16 + 8 * s, 4);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (tid >= 128) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+      if (tid == 128) bring<K>(a, flow, h, rows, base, barriers);
+    } else {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+      chain<K>(a, flow, h, rows, base, shared, barriers);
+    }
+    return;
+  }
+  // Where no part of a chunk's work writes: behind a row of L.
+  uint32_t* const ticket = reinterpret_cast<uint32_t*>(shared + Layout<K>::L) + at_f(63, 64);
+  const uint32_t work = uint32_t(flow.slots * a.H);
+  if (tid == 0) ticket[0] = atomicAdd(flow.ticket, 1u), ticket[1] = atomicAdd(flow.ticket, 1u);
+  __syncthreads();
+  uint32_t t = ticket[0], then = ticket[1];
+  while (t < work) {
+    const int64_t slot = t / uint32_t(a.H), place = slot % flow.ring;
+    const int h = int(t - uint32_t(slot) * uint32_t(a.H)), n = sequence_of(a, slot);
+    const int64_t token0 = a.start[n] + (slot - first_slot(a.start[n], n)) * kChunk;
+    const bool some = token0 < a.start[n + 1];
+    const int count = int(min(int64_t(kChunk), a.start[n + 1] - token0));
+    uint32_t last = 0;
+    if (tid == 0) {
+      last = atomicAdd(flow.ticket, 1u);
+      if (some) wait_for_place(a, flow, slot, h);
+    }
+    __syncthreads();
+    if (tid == 0) *ticket = last;
+    if (then < work) ask_for<K>(a, then / uint32_t(a.H), int(then % uint32_t(a.H)));
+    if (some) {
+      prepare_chunk<K>(a, shared, token0, count, h, a.records + (place * a.H + h) * Record<K>::bytes(a.V));
+      fence_async();
+    }
+    __syncthreads();
+    if (some && tid == 0) store_release(flow.ready + place * a.H + h, uint32_t(slot / flow.ring) + 1);
+    t = then, then = *ticket;
+  }
+#endif
+}
+
+}  // namespace
+
+bool flow_code() {
+  cudaFuncAttributes code{};
+  const bool there = cudaFuncGetAttributes(&code, flow_kernel<128>) == cudaSuccess && code.ptxVersion >= 90;
+  cudaGetLastError();
+  return there;
+}
+int64_t flow_shared_bytes(int64_t K) { return K == 128 ? flow_shared<128>() : flow_shared<64>(); }
+int64_t flow_bytes(int64_t H, int64_t V, int64_t ring) {
+  return (ring * H + H * (V / 64) + 2 + 2 * kFlowSms) * 4;
+}
+
+template <int K>
+void flow_chunks(Args a, int64_t ring, int64_t slots, int alone, char* control, int blocks, cudaStream_t stream) {
+  a.from = 0, a.to = slots, a.first = 0, a.last = a.N - 1, a.segments = 1;
+  Flow f{};
+  f.ring = ring, f.slots = slots;
+  f.ready = reinterpret_cast<uint32_t*>(control);
+  f.progress = f.ready + ring * a.H;
+  f.ticket = f.progress + a.H * (a.V / 64);
+  f.chain_ticket = f.ticket + 1, f.of_sm = f.chain_ticket + 1;
+  f.alone = std::min(alone, int(a.H * (a.V / 64)));
+  KDA_CUDA(cudaMemsetAsync(control, 0, size_t(flow_bytes(a.H, a.V, ring)), stream));
+  constexpr int shared = flow_shared<K>();
+  allow_shared(flow_kernel<K>, shared);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(kThreads), config.dynamicSmemBytes = shared;
+  config.stream = stream, config.attrs = &together, config.numAttrs = 1;
+  KDA_CUDA(cudaLaunchKernelEx(&config, flow_kernel<K>, a, f));
+}
+template void flow_chunks<64>(Args, int64_t, int64_t, int, char*, int, cudaStream_t);
+template void flow_chunks<128>(Args, int64_t, int64_t, int, char*, int, cudaStream_t);
+
+}  // namespace kda::cuda::prefill

@@ -282,11 +282,11 @@ TEST(CudaKdaPrefill, SabotageIsNoticed) {
   EXPECT_GT(relative_l2(run(ctx, late).o, want.first), 1e-2);
 }
 
-// Keys that come back while nothing is forgotten: with beta near 2 each token reflects the state, and what is wrong once
-// in the same way with every token adds up over all of them. Rounding k to fp16 may change its length by 2^-12 / sqrt(K)
-// x sqrt(2) = 3e-5; left in, 1000 reflections would make 3e-2 of it. Independent roundings of u and S, 1.4e-4 each, of
-// which u is up to 8 times the state's part for one token, grow with the root of the number of tokens like the state
-// itself: 3e-3 a chunk, and sqrt(1000 / 64) chunks of them: 1.2e-2 at most.
+// Keys that come back while nothing is forgotten: with beta near 2 each token reflects the state, and what is wrong
+// once in the same way with every token adds up over all of them. Rounding k to fp16 may change its length by 2^-12 /
+// sqrt(K) x sqrt(2) = 3e-5; left in, 1000 reflections would make 3e-2 of it. Independent roundings of u and S, 1.4e-4
+// each, of which u is up to 8 times the state's part for one token, grow with the root of the number of tokens like the
+// state itself: 3e-3 a chunk, and sqrt(1000 / 64) chunks of them: 1.2e-2 at most.
 TEST(CudaKdaPrefill, KeysThatComeBackWithNothingForgotten) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
@@ -296,10 +296,14 @@ TEST(CudaKdaPrefill, KeysThatComeBackWithNothingForgotten) {
     float beta, gate, spread;
     int64_t T;
     double limit;
-  } const cases[] = {{"equal keys", 2, never, 0, 200, 6e-3},      {"equal keys, long", 2, never, 0, 1000, 1.2e-2},
-                     {"beta 1.9", 1.9f, never, 0, 256, 6e-3},     {"beta 1.5", 1.5f, never, 0, 256, 4e-3},
-                     {"beta 1", 1, never, 0, 256, 3e-3},          {"nearly equal keys", 2, never, 0.03f, 256, 8e-3},
-                     {"keys of their own", 2, never, 9, 256, 4e-3}, {"some decay", 2, -6, 0, 256, 1.2e-2}};
+  } const cases[] = {{"equal keys", 2, never, 0, 200, 6e-3},
+                     {"equal keys, long", 2, never, 0, 1000, 1.2e-2},
+                     {"beta 1.9", 1.9f, never, 0, 256, 6e-3},
+                     {"beta 1.5", 1.5f, never, 0, 256, 4e-3},
+                     {"beta 1", 1, never, 0, 256, 3e-3},
+                     {"nearly equal keys", 2, never, 0.03f, 256, 8e-3},
+                     {"keys of their own", 2, never, 9, 256, 4e-3},
+                     {"some decay", 2, -6, 0, 256, 1.2e-2}};
   for (const auto& c : cases) {
     Prompt p(cat("cuda/again", c.name), {c.T}, 2, 128, 128);
     p.gate.beta_scale = 2;
@@ -349,9 +353,8 @@ TEST(CudaKdaPrefill, EveryFormInSmall) {
   for (const auto& [K, V] : {std::pair<int64_t, int64_t>{128, 128}, {64, 64}}) {
     const Prompt p(cat("cuda/small", K), {70, 0, 20}, 1, K, V, Gate::weak);
     const auto want = expected(p);
-    std::vector<cuda::PrefillPlan> plans = {{},
-                                            {.chunked = true, .pass_chunks = 1},
-                                            {.chunked = true, .pass_chunks = 5, .segments = 2}};
+    std::vector<cuda::PrefillPlan> plans = {
+        {}, {.chunked = true, .pass_chunks = 1}, {.chunked = true, .pass_chunks = 5, .segments = 2}};
     if (V == 128) plans.push_back({.chunked = true, .pass_chunks = 5, .warps = 8});
     if (cuda::prefill_device(ctx).flows) plans.push_back({.chunked = true, .pass_chunks = 1, .ring = 2});
     for (size_t i = 0; i < plans.size(); ++i) {
@@ -380,8 +383,8 @@ TEST(CudaKdaPrefill, AFlowWithGaps) {
 
 // sm_90: 132 multiprocessors, 227 KB.
 TEST(CudaKdaPrefill, TheFormIsChosenFromSizesAndTheChip) {
-  const auto plan = [](int64_t N, int64_t longest, int64_t H, int64_t K = 128, int64_t V = 128,
-                       int64_t shared = 232448, bool flows = false) {
+  const auto plan = [](int64_t N, int64_t longest, int64_t H, int64_t K = 128, int64_t V = 128, int64_t shared = 232448,
+                       bool flows = false) {
     return cuda::plan_prefill({132, shared, flows}, N * longest, N, longest, H, K, V);
   };
   EXPECT_GT(plan(1, 32768, 20).segments, 1) << "few chains";
@@ -391,6 +394,17 @@ TEST(CudaKdaPrefill, TheFormIsChosenFromSizesAndTheChip) {
   EXPECT_EQ(plan(4, 8192, 20).warps, 8) << "records far beyond the L2 cache";
   EXPECT_EQ(plan(1, 8192, 20).warps, 4);
   EXPECT_EQ(plan(4, 8192, 20, 128, 64).warps, 4) << "a block has no more rows than a head";
+  const auto flowing = [&](int64_t N, int64_t longest, int64_t H) {
+    const auto p = plan(N, longest, H, 128, 128, 232448, true);
+    EXPECT_EQ(p.ring > 0 ? 1 : p.segments, p.segments) << "one or the other";
+    return p.ring > 0;
+  };
+  EXPECT_TRUE(flowing(1, 32768, 20)) << "few chains, and work enough to hide them behind";
+  EXPECT_TRUE(flowing(1, 8192, 20));
+  EXPECT_FALSE(flowing(4, 8192, 20)) << "enough chains";
+  EXPECT_FALSE(flowing(1, 32768, 4)) << "the chains would take longer than all else";
+  EXPECT_FALSE(flowing(1, 64, 20));
+  EXPECT_FALSE(flowing(1, 8192, 80)) << "more chains than multiprocessors";
   EXPECT_FALSE(plan(1, 8192, 20, 96).chunked);
   EXPECT_FALSE(plan(1, 8192, 20, 128, 256).chunked);
   EXPECT_FALSE(plan(1, 8192, 20, 128, 128, 100 << 10).chunked) << "sm_86: too little shared memory";

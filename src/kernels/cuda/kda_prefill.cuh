@@ -46,8 +46,8 @@ struct Flow {
   uint32_t* ready;      // [ring,H] how often the place was filled
   uint32_t* progress;   // [V/64,H] the first chunk number still to be read
   uint32_t *ticket, *chain_ticket;
-  uint32_t* of_sm;      // [kFlowSms,2] blocks that came to a multiprocessor; what the first became, and 1
-  int32_t alone;        // so many chains have a multiprocessor to themselves
+  uint32_t* of_sm;  // [kFlowSms,2] blocks that came to a multiprocessor; what the first became, and 1
+  int32_t alone;    // so many chains have a multiprocessor to themselves
 };
 inline constexpr int kFlowSms = 1024;
 

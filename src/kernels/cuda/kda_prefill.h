@@ -5,16 +5,16 @@
 namespace kda::cuda {
 
 // Flowing (ring > 0): some blocks take the states from chunk to chunk right behind others that prepare the chunks.
-// Chunked otherwise: all chunks of a pass are prepared in parallel, then each sequence's state goes from chunk to chunk; with
-// segments > 1 each sequence of a pass is cut in so many parts that do this in parallel, twice.
-// Otherwise token by token.
+// Chunked otherwise: all chunks of a pass are prepared in parallel, then each sequence's state goes from chunk to
+// chunk; with segments > 1 each sequence of a pass is cut in so many parts that do this in parallel, twice. Otherwise
+// token by token.
 struct PrefillPlan {
   bool chunked = false;
   int64_t pass_chunks = 0;  // chunk numbers in one pass: what the workspace holds
   int segments = 1;
-  int warps = 4;       // in a block of the chain: 16 rows of a state each, 4 or (V = 128) 8
-  int64_t ring = 0;    // chunk numbers that are under way at a time
-  int alone = 0;       // chains that share their multiprocessor with nothing
+  int warps = 4;     // in a block of the chain: 16 rows of a state each, 4 or (V = 128) 8
+  int64_t ring = 0;  // chunk numbers that are under way at a time
+  int alone = 0;     // chains that share their multiprocessor with nothing
 };
 
 // What a plan needs to know of a device. flows: that its code for sm_90a is there, and that two blocks of it share a

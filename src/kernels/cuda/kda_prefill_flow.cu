@@ -1,7 +1,7 @@
 // Both parts of the chunked forward pass in one kernel (sm_90a). H * V/64 of its blocks take the states from chunk to
 // chunk; all others prepare chunks, in the order of the pack, into a ring of records that the first read right behind
-// them: what passes between the two stays in the L2 cache. Blocks wait for each other, so all are resident: the launch is
-// cooperative.
+// them: what passes between the two stays in the L2 cache. Blocks wait for each other, so all are resident: the launch
+// is cooperative.
 #include <algorithm>
 
 #include "kernels/cuda/device.h"
@@ -53,11 +53,13 @@ __device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
 // The chunks of a pack in order, those of sequences without tokens left out.
 struct Cursor {
   const Args& a;
-  int n;             // the sequence
+  int n;  // the sequence
   int32_t start, tokens;
   int64_t chunk, chunks;
   bool more;
-  __device__ explicit Cursor(const Args& args) : a(args), n(-1), start(0), tokens(0), chunk(0), chunks(0) { next_sequence(); }
+  __device__ explicit Cursor(const Args& args) : a(args), n(-1), start(0), tokens(0), chunk(0), chunks(0) {
+    next_sequence();
+  }
   __device__ void next_sequence() {
     for (more = ++n < a.N; more; more = ++n < a.N) {
       start = a.start[n], tokens = a.start[n + 1] - start;
@@ -150,8 +152,7 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float2 x = make_float2(0, 0);
-        if (source)
-          x = *reinterpret_cast<const float2*>(source + int64_t(row0 + g + 8 * half) * K + 8 * j + 2 * tq);
+        if (source) x = *reinterpret_cast<const float2*>(source + int64_t(row0 + g + 8 * half) * K + 8 * j + 2 * tq);
         S[j][2 * half] = x.x, S[j][2 * half + 1] = x.y;
       }
     power = 1;
@@ -204,7 +205,8 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
     uint4 u0[4];
     {
       const uint4* const from =
-          reinterpret_cast<const uint4*>(a.records + (int64_t(place.at) * H + h) * bytes + R::u + rows * 8192) + w * 128 + lane;
+          reinterpret_cast<const uint4*>(a.records + (int64_t(place.at) * H + h) * bytes + R::u + rows * 8192) +
+          w * 128 + lane;
 #pragma unroll
       for (int x = 0; x < 4; ++x) u0[x] = __ldcg(from + x * 32);
     }
@@ -318,6 +320,7 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
         out[j][0] = bf16_bits(x[0] * by, x[1] * by), out[j][1] = bf16_bits(x[2] * by, x[3] * by);
       }
     }
+    __syncwarp();
     if (lane == 0) barrier_arrive(barriers + 16 + 8 * s);
     if (mark < a.marks_n && a.marks[mark].sequence == at.n && a.marks[mark].tokens == (at.chunk + 1) * kChunk)
       store(a.marks[mark++].slot);
@@ -374,30 +377,27 @@ __global__ void __launch_bounds__(kThreads, 2) flow_kernel(const Args a, const F
   // Where no part of a chunk's work writes: behind a row of L.
   uint32_t* const ticket = reinterpret_cast<uint32_t*>(shared + Layout<K>::L) + at_f(63, 64);
   const uint32_t work = uint32_t(flow.slots * a.H);
-  if (tid == 0) ticket[0] = atomicAdd(flow.ticket, 1u), ticket[1] = atomicAdd(flow.ticket, 1u);
+  if (tid == 0) *ticket = atomicAdd(flow.ticket, 1u);
   __syncthreads();
-  uint32_t t = ticket[0], then = ticket[1];
-  while (t < work) {
+  for (uint32_t t = *ticket; t < work; t = *ticket) {
     const int64_t slot = t / uint32_t(a.H), place = slot % flow.ring;
-    const int h = int(t - uint32_t(slot) * uint32_t(a.H)), n = sequence_of(a, slot);
+    const int h = int(t % uint32_t(a.H)), n = sequence_of(a, slot);
     const int64_t token0 = a.start[n] + (slot - first_slot(a.start[n], n)) * kChunk;
     const bool some = token0 < a.start[n + 1];
     const int count = int(min(int64_t(kChunk), a.start[n + 1] - token0));
-    uint32_t last = 0;
+    uint32_t next = 0;
     if (tid == 0) {
-      last = atomicAdd(flow.ticket, 1u);
+      next = atomicAdd(flow.ticket, 1u);
       if (some) wait_for_place(a, flow, slot, h);
     }
     __syncthreads();
-    if (tid == 0) *ticket = last;
-    if (then < work) ask_for<K>(a, then / uint32_t(a.H), int(then % uint32_t(a.H)));
+    if (tid == 0) *ticket = next;
     if (some) {
       prepare_chunk<K>(a, shared, token0, count, h, a.records + (place * a.H + h) * Record<K>::bytes(a.V));
       fence_async();
     }
     __syncthreads();
     if (some && tid == 0) store_release(flow.ready + place * a.H + h, uint32_t(slot / flow.ring) + 1);
-    t = then, then = *ticket;
   }
 #endif
 }
@@ -411,9 +411,7 @@ bool flow_code() {
   return there;
 }
 int64_t flow_shared_bytes(int64_t K) { return K == 128 ? flow_shared<128>() : flow_shared<64>(); }
-int64_t flow_bytes(int64_t H, int64_t V, int64_t ring) {
-  return (ring * H + H * (V / 64) + 2 + 2 * kFlowSms) * 4;
-}
+int64_t flow_bytes(int64_t H, int64_t V, int64_t ring) { return (ring * H + H * (V / 64) + 2 + 2 * kFlowSms) * 4; }
 
 template <int K>
 void flow_chunks(Args a, int64_t ring, int64_t slots, int alone, char* control, int blocks, cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// kernels/cuda/kda_prefill_group.cuh — what the kernels that go from chunk to chunk share on sm_90: bulk copies with their
-// barriers, products by a warpgroup, and powers of two.
+// kernels/cuda/kda_prefill_group.cuh — what the kernels that go from chunk to chunk share on sm_90: bulk copies with
+// their barriers, products by a warpgroup, and powers of two.
 #pragma once
 #include "kernels/cuda/kda_prefill.cuh"
 

@@ -7,18 +7,14 @@ namespace kda::cuda::prefill {
 namespace {
 
 template <int K>
-__global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a, const int ahead) {
+__global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Args a) {
   extern __shared__ __align__(1024) char shared[];
   const int64_t slot = a.from + blockIdx.x;
   const int h = int(blockIdx.y), n = sequence_of(a, slot);
   const int64_t chunk = slot - first_slot(a.start[n], n), token0 = a.start[n] + chunk * kChunk;
   if (token0 >= a.start[n + 1]) return;
-  // What the block wants that comes when this one ends.
-  const uint32_t then = blockIdx.x + blockIdx.y * gridDim.x + uint32_t(ahead);
-  if (then < gridDim.x * gridDim.y) ask_for<K>(a, a.from + then % gridDim.x, int(then / gridDim.x));
   const int count = int(a.start[n + 1] - token0 < kChunk ? a.start[n + 1] - token0 : kChunk);
-  prepare_chunk<K>(a, shared, token0, count, h,
-                   a.records + (int64_t(blockIdx.x) * a.H + h) * Record<K>::bytes(a.V));
+  prepare_chunk<K>(a, shared, token0, count, h, a.records + (int64_t(blockIdx.x) * a.H + h) * Record<K>::bytes(a.V));
 }
 
 }  // namespace
@@ -28,11 +24,8 @@ int64_t prepare_shared_bytes(int64_t K) { return K == 128 ? Layout<128>::bytes :
 template <int K>
 void prepare_chunks(const Args& a, cudaStream_t stream) {
   constexpr int bytes = Layout<K>::bytes;
-  int device = 0, sms = 0;
-  KDA_CUDA(cudaGetDevice(&device));
-  KDA_CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
   allow_shared(prepare_kernel<K>, bytes);
-  prepare_kernel<K><<<dim3(unsigned(a.to - a.from), unsigned(a.H)), kThreads, bytes, stream>>>(a, 2 * sms);
+  prepare_kernel<K><<<dim3(unsigned(a.to - a.from), unsigned(a.H)), kThreads, bytes, stream>>>(a);
   check_launch("kda_prefill: chunks");
 }
 template void prepare_chunks<64>(const Args&, cudaStream_t);

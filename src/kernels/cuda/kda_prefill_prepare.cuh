@@ -177,22 +177,6 @@ __device__ inline void transpose_quad(uint32_t (&x)[4], int lane) {
   }
 }
 
-// By one block: asks the L2 cache for the rows of chunk number `slot` and head h, which some block will want soon.
-template <int K>
-__device__ __forceinline__ void ask_for(const Args& a, int64_t slot, int h) {
-  const int n = sequence_of(a, slot), tid = int(threadIdx.x), r = (tid & 127) >> 1, half = tid & 1;
-  const int64_t token = a.start[n] + (slot - first_slot(a.start[n], n)) * kChunk + r;
-  if (token >= a.start[n + 1]) return;
-  const auto ask = [](const __nv_bfloat16* row, int64_t width, int half) {
-    if (half * 64 < width) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + half * 64));
-  };
-  ask((tid < 128 ? a.q : a.k) + (token * a.H + h) * K, K, half);
-  if (tid < 128)
-    ask(a.f + (token * a.H + h) * K, K, half);
-  else
-    ask(a.v + (token * a.H + h) * a.V, a.V, half);
-}
-
 // One block of kThreads: `count` tokens of head h from token0 on, into `record`. shared: Layout<K>::bytes.
 template <int K>
 __device__ __forceinline__ void prepare_chunk(const Args& a, char* const shared, const int64_t token0, const int count,
@@ -404,8 +388,8 @@ __device__ __forceinline__ void prepare_chunk(const Args& a, char* const shared,
   }
 
   __syncwarp();  // nothing of what follows moves up: it would not fit into registers
-  // ---- pairs within 8 tokens: what products of the decays themselves take from the above. {L,P} of 28 pairs i < t and P of two tokens with
-  // themselves in each of the last four, summed over the lanes: lane l gets number l.
+  // ---- pairs within 8 tokens: what products of the decays themselves take from the above. {L,P} of 28 pairs i < t and
+  // P of two tokens with themselves in each of the last four, summed over the lanes: lane l gets number l.
   __half2 near[32];
   {
     // lost: what decays take of a mild channel; of others, what they leave, with a minus.

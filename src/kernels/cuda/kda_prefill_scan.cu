@@ -20,7 +20,8 @@ constexpr int shared_bytes(int stages) {
 }
 
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
-// Where no warpgroup multiplies, a warp for itself: d[16,64] += a[16,16] b[16,64], 16 of the columns that b has as rows.
+// Where no warpgroup multiplies, a warp for itself: d[16,64] += a[16,16] b[16,64], 16 of the columns that b has as
+// rows.
 __device__ inline void warp_rows(float (&d)[8][4], const uint32_t (&a0)[4], const uint32_t (&a1)[4], uint32_t tiles,
                                  int step, int lane, int from = 0) {
 #pragma unroll
@@ -141,8 +142,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
            (a.marks[mark].sequence < n || (a.marks[mark].sequence == n && a.marks[mark].tokens <= from * kChunk)))
       ++mark;
   const float root = rsqrtf(float(K));
-  float o[8][4] = {};         // O / s of a chunk times `power`, transposed: rows of v, columns of tokens
-  uint32_t out[8][2] = {};    // o of the chunk before, not yet written
+  float o[8][4] = {};       // O / s of a chunk times `power`, transposed: rows of v, columns of tokens
+  uint32_t out[8][2] = {};  // o of the chunk before, not yet written
   const auto write_o = [&](int i) {
     const int64_t t = (from + i) * kChunk, next = 8 * int64_t(H) * V;
     const int left = int(min(int64_t(kChunk), tokens - t)) - g;
@@ -246,7 +247,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
     const uint64_t tiles = tile(buffer_address);
 #endif
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    float(&early)[4][4] = reinterpret_cast<float(&)[4][4]>(o[0]), (&late)[4][4] = reinterpret_cast<float(&)[4][4]>(o[4]);
+    float(&early)[4][4] = reinterpret_cast<float(&)[4][4]>(o[0]),
+    (&late)[4][4] = reinterpret_cast<float(&)[4][4]>(o[4]);
     decay();
     group_begin();
 #pragma unroll

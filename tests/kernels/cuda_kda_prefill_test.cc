@@ -401,7 +401,7 @@ TEST(CudaKdaPrefill, TheFormIsChosenFromSizesAndTheChip) {
   };
   EXPECT_TRUE(flowing(1, 32768, 20)) << "few chains, and work enough to hide them behind";
   EXPECT_TRUE(flowing(1, 8192, 20));
-  EXPECT_FALSE(flowing(4, 8192, 20)) << "enough chains";
+  EXPECT_FALSE(flowing(8, 8192, 20)) << "enough chains";
   EXPECT_FALSE(flowing(1, 32768, 4)) << "the chains would take longer than all else";
   EXPECT_FALSE(flowing(1, 64, 20));
   EXPECT_FALSE(flowing(1, 8192, 80)) << "more chains than multiprocessors";

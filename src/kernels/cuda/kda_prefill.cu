@@ -82,13 +82,14 @@ PrefillPlan plan_prefill(const PrefillDevice& d, int64_t T, int64_t N, int64_t l
     const double cost = 1.65 * double(ceil_div(chunks, s)) + 3 * double(s) + 10;
     if (cost < best) best = cost, p.segments = int(s);
   }
-  // Flowing, in microseconds of an H100 and so only where it flows. A record is 17.8 of one of two blocks of a
-  // multiprocessor, 22 beside chains; a step is 2, in more chains than multiprocessors 1.6 times that.
-  if (const int64_t chains = H * (V / kScanRows); d.flows && chains <= sms) {
-    const int64_t blocks = 2 * sms - chains - chains / 2;
-    const double step = std::max(1.8, 22.0 * double(H) / double(blocks)), flowing = double(slots) * step + 37,
+  // Flowing, in microseconds of an H100, and so only where it flows: the preparation of a chunk takes 17.8 of one of a
+  // multiprocessor's two blocks, 19 beside chains, a step of a chain 2, and 1.6 times that in more chains than there
+  // are multiprocessors. Each flowing chain has a multiprocessor to itself.
+  if (const int64_t chains = H * (V / kScanRows); d.flows && chains < sms) {
+    const double step = std::max(1.8, 19.0 * double(H) / double(2 * (sms - chains))),
+                 flowing = double(slots) * step + 25,
                  chained = 17.8 * double(slots * H) / (2 * sms) + 2 * best * (N * chains > sms ? 1.6 : 1);
-    if (flowing < chained) p.ring = std::min(kRing, slots), p.alone = int(chains / 2), p.segments = 1;
+    if (flowing < chained) p.ring = std::min(kRing, slots), p.alone = int(chains), p.segments = 1;
   }
   // Two blocks of rows share what comes of a chunk: pays once that comes from memory and not from the L2 cache.
   if (V == 128 && 4 * N * H * p.segments > sms && p.pass_chunks * H * record_bytes(K, V) > kFarBytes) p.warps = 8;

@@ -46,7 +46,10 @@ json greedy_ids(const fs::path& model) {
 
 std::string list(const json& ids, size_t from, size_t to) {
   std::string s;
-  for (size_t i = from; i < to; ++i) s += (i > from ? "," : "") + ids[i].dump();
+  for (size_t i = from; i < to; ++i) {
+    if (i > from) s += ',';
+    s += ids[i].dump();
+  }
   return s;
 }
 

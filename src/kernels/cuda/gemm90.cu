@@ -15,6 +15,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/hopper.h"
+#include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/vec.h"
 
 namespace kda::cuda {
@@ -178,40 +179,11 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
 #endif
 }
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's own function, found at run time: nothing here links the driver.
-Encode encoder(Device& d) {
-  if (!d.encode_tensor_map) {
-    cudaDriverEntryPointQueryResult found{};
-    KDA_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &d.encode_tensor_map, 12000, cudaEnableDefault,
-                                              &found));
-    KDA_CHECK(found == cudaDriverEntryPointSuccess && d.encode_tensor_map,
-              "the driver has no cuTensorMapEncodeTiled: needs one for CUDA 12");
-  }
-  return reinterpret_cast<Encode>(d.encode_tensor_map);
-}
-
-// A matrix [rows,columns], rows ld apart, read or written by boxes of `box_rows` rows of 128 bytes; what lies outside
-// reads as zeros and is not written.
-CUtensorMap matrix(Encode encode, const void* data, int64_t rows, int64_t columns, int64_t ld, int box_rows) {
-  CUtensorMap map{};
-  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(ld) * 2};
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
-  const CUresult r = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), size, stride, box, step,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  KDA_CHECK(r == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(r), " for [", rows, ",", columns, "]");
-  return map;
-}
-
 template <Epilogue kEpilogue>
 void run(Context& ctx, const __nv_bfloat16* x, std::span<const Gemm90Part> parts, int64_t R, int64_t K) {
-  const Encode encode = encoder(device_of(ctx));
+  Device& device = device_of(ctx);
   Args a{};
-  a.x = matrix(encode, x, R, K, K, kRows);
+  a.x = tensor_map(device, x, R, K, K, kRows);
   a.parts = int(parts.size());
   a.R = int(R);
   a.K = int(K);
@@ -219,14 +191,14 @@ void run(Context& ctx, const __nv_bfloat16* x, std::span<const Gemm90Part> parts
   for (size_t i = 0; i < parts.size(); ++i) {
     const Gemm90Part& from = parts[i];
     Part& p = a.part[i];
-    p = {.w = matrix(encode, from.w, from.N, K, K, kColumns / kCluster),
+    p = {.w = tensor_map(device, from.w, from.N, K, K, kColumns / kCluster),
          .y = {},
          .data = from.y,
          .ld = from.ld,
          .N = int(from.N),
          .first = a.columns,
          .boxes = from.ld % 8 == 0 && aligned(from.y, 16)};
-    if (p.boxes) p.y = matrix(encode, from.y, R, from.N, from.ld, 64);
+    if (p.boxes) p.y = tensor_map(device, from.y, R, from.N, from.ld, 64);
     a.columns += int(ceil_div(from.N, kColumns));
   }
   allow_shared(product<kEpilogue>, kShared);
@@ -235,7 +207,7 @@ void run(Context& ctx, const __nv_bfloat16* x, std::span<const Gemm90Part> parts
   cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  const int64_t clusters = std::min<int64_t>(device_of(ctx).sms / kCluster, int64_t(a.rows) * a.columns);
+  const int64_t clusters = std::min<int64_t>(device.sms / kCluster, int64_t(a.rows) * a.columns);
   config.gridDim = dim3(unsigned(clusters * kCluster));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kShared;
@@ -248,18 +220,13 @@ void run(Context& ctx, const __nv_bfloat16* x, std::span<const Gemm90Part> parts
 }  // namespace
 
 bool gemm90_takes(const Context& ctx, const void* x, std::span<const Gemm90Part> parts, int64_t R, int64_t K) {
-  if (device_of(ctx).properties.major != 9 || parts.size() > kGemm90Parts || K % 8 || K == 0 || R == 0 ||
+  if (parts.size() > kGemm90Parts || K % 8 || K == 0 || R == 0 ||
       std::max(R, K) >= int64_t(1) << 30 || !aligned(x, 16))
     return false;
   for (const Gemm90Part& p : parts)
     if (p.N % 2 || p.ld % 2 || p.N == 0 || p.N >= int64_t(1) << 30 || !aligned(p.w, 16) || !aligned(p.y, 8))
       return false;
-  Device& d = device_of(ctx);
-  if (d.sm90a_code < 0) {
-    cudaFuncAttributes code{};  // a build with PTX of compute_80 alone has an empty body
-    d.sm90a_code = cudaFuncGetAttributes(&code, product<Epilogue::relu2>) == cudaSuccess && code.ptxVersion >= 90;
-  }
-  return d.sm90a_code;
+  return has_sm90a_code(ctx);
 }
 
 // Measured on an H100: one matrix is level with cuBLASLt from 1024 rows on, three and more from 256.

@@ -5,6 +5,7 @@
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/matvec_launch.cuh"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/skinny90.h"
 #include "kernels/matmul.h"
 #include "kernels/norm.h"
 #include "kernels/pointwise.h"
@@ -130,34 +131,60 @@ void launch_product(Context& ctx, const Product& p) {
   }
 }
 
-// With more rows than this the tensor cores' own loads of x take longer than those of the weights, and large matrices
-// in bf16 go to cuBLASLt; the small ones beside them are not worth a launch each.
+// From kSkinnyMinRows on matrices in bf16 go to a kernel made for that, all together. Where it cannot be, and for more
+// rows than it takes, large ones go to cuBLASLt once there are so many rows that the tensor cores' own loads of x take
+// longer than those of the weights; the small ones beside them are not worth a launch each.
 constexpr int64_t kFewRows = 16, kLarge = 1024;
+
+SkinnyFinish skinny_finish(Finish f) {
+  return f == Finish::write ? SkinnyFinish::write : f == Finish::relu2 ? SkinnyFinish::relu2 : SkinnyFinish::add;
+}
+
+void norm_rows(Context& ctx, const NormMatvec& a) {
+  const int64_t R = a.x.dim(0), K = a.x.dim(1);
+  if (K % 4 || !aligned(a.x.data) || !aligned(a.norm.data) || !aligned(a.h.data))
+    return cuda::rms_norm(ctx, RmsNorm{.x = a.x, .w = a.norm, .y = a.h, .eps = a.eps});
+  launch_early("norm_matvec", ctx, dim3(unsigned(R)), dim3(256), 0, norm_rows_kernel, a.x.as<float>(),
+               a.norm.as<float>(), a.eps, int(K), const_cast<__nv_bfloat16*>(bf16_of(a.h)));
+}
 
 void run(Context& ctx, Product p) {
   const int64_t R = p.segments[0].y.dim(0);
-  const auto large = [](const MatmulSegment& s) {
-    return s.w.w.dtype == Dtype::bf16 && s.w.w.dim(0) >= kLarge && s.w.w.dim(1) % 8 == 0;
+  if (R < kSkinnyMinRows) return launch_product(ctx, p);
+  const ConstView x = p.norm ? ConstView(p.norm->h) : p.x;
+  const auto large = [&](const MatmulSegment& s) {
+    return R > kFewRows && s.w.w.dtype == Dtype::bf16 && s.w.w.dim(0) >= kLarge && s.w.w.dim(1) % 8 == 0;
   };
-  if (R <= kFewRows || std::none_of(p.segments.begin(), p.segments.end(), large)) return launch_product(ctx, p);
+  // A small one in bf16 beside others in 8 bits goes with those.
+  const bool one_type = std::all_of(p.segments.begin(), p.segments.end(),
+                                    [](const MatmulSegment& s) { return s.w.w.dtype == Dtype::bf16; });
+  const auto skinny = [&](const MatmulSegment& s) {
+    return (one_type || s.w.w.dim(0) >= kLarge) && skinny90_takes(ctx, x, {&s, 1});
+  };
+  const auto elsewhere = [&](const MatmulSegment& s) { return skinny(s) || large(s); };
+  if (std::none_of(p.segments.begin(), p.segments.end(), elsewhere)) return launch_product(ctx, p);
   if (p.norm) {
-    cuda::rms_norm(ctx, RmsNorm{.x = p.norm->x, .w = p.norm->norm, .y = p.norm->h, .eps = p.norm->eps});
-    p.x = p.norm->h;
+    norm_rows(ctx, *p.norm);
+    p.x = x;
     p.norm = nullptr;
   }
-  void* const scratch = workspace(ctx, kGemmScratchBytes, p.op);
-  std::vector<MatmulSegment> small;
+  void* const scratch = workspace(ctx, std::max(kGemmScratchBytes, skinny90_scratch_bytes(ctx)), p.op);
+  std::vector<MatmulSegment> ours, rest;
   for (const MatmulSegment& s : p.segments) {
+    if (s.w.w.dim(0) == 0) continue;
+    if (ours.push_back(s); skinny90_takes(ctx, p.x, ours)) continue;
+    ours.pop_back();
     if (!large(s)) {
-      small.push_back(s);
+      rest.push_back(s);
       continue;
     }
-    const ConstView& x = s.x.data ? s.x : p.x;
-    gemm_few_rows(ctx, bf16_of(s.w.w), bf16_of(x), s.y, p.finish == Finish::add, x.dim(1), scratch);
+    const ConstView& own = s.x.data ? s.x : p.x;
+    gemm_few_rows(ctx, bf16_of(s.w.w), bf16_of(own), s.y, p.finish == Finish::add, own.dim(1), scratch);
     if (p.finish == Finish::relu2) cuda::relu2(ctx, Relu2{.x = s.y, .y = s.y});
   }
-  p.segments = small;
-  if (!small.empty()) launch_product(ctx, p);
+  if (!ours.empty()) skinny90(ctx, skinny_finish(p.finish), p.x, ours, scratch);
+  p.segments = rest;
+  if (!rest.empty()) launch_product(ctx, p);
 }
 
 }  // namespace
@@ -169,8 +196,7 @@ void norm_matvec(Context& ctx, const NormMatvec& a) {
 }
 
 void norm_matvec_relu2(Context& ctx, const NormMatvec& a) {
-  run(ctx,
-                 {.segments = a.segments, .x = {}, .norm = &a, .finish = Finish::relu2, .op = "norm_matvec_relu2"});
+  run(ctx, {.segments = a.segments, .x = {}, .norm = &a, .finish = Finish::relu2, .op = "norm_matvec_relu2"});
 }
 
 void matvec_add(Context& ctx, const MatvecAdd& a) {
@@ -182,7 +208,7 @@ void matvec_add(Context& ctx, const MatvecAdd& a) {
 size_t matvec_workspace(const Context& ctx, int64_t R, int64_t K, int64_t N) {
   const int64_t columns = std::min<int64_t>(R, kMaxColumns);
   const size_t partial = size_t(columns) * size_t(matvec_partial_rows(8 * N, K, device_of(ctx).sms)) * sizeof(float);
-  return R > kFewRows ? std::max(partial, kGemmScratchBytes) : partial;
+  return R >= kSkinnyMinRows ? std::max({partial, kGemmScratchBytes, skinny90_scratch_bytes(ctx)}) : partial;
 }
 
 }  // namespace kda::cuda

@@ -135,6 +135,27 @@ TEST(CudaKdaDecode, TokenByTokenFollowsTheReference) {
     }
 }
 
+// More heads than the device holds at once: another kernel.
+TEST(CudaKdaDecode, ManyHeadsFollowTheReference) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  for (const KdaGateParams gate : {KdaGateParams{}, {.kind = KdaGate::bounded, .beta_scale = 2}}) {
+    const std::string what = cat("decode/heads", int(gate.kind));
+    const Layer l(what, 4, 300, 128, 128, gate);
+    State s(what, 1, l);
+    Doubles S, window;
+    const auto want = reference(l, s, S, window);
+    std::vector<float> got;
+    for (int64_t t = 0; t < l.T; ++t) {
+      const auto y = step(ctx, l, {t}, {0}, {0}, s);
+      got.insert(got.end(), y.begin(), y.end());
+    }
+    EXPECT_LE(relative_l2(got, want), kOutput) << what;
+    EXPECT_LE(relative_l2(s.S, S), kState) << what;
+    EXPECT_TRUE(close(s.window, window, 0, 1)) << what;
+  }
+}
+
 TEST(CudaKdaDecode, ExtremeGates) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
@@ -155,11 +176,11 @@ TEST(CudaKdaDecode, ExtremeGates) {
   }
 }
 
-// Few heads in a launch are each shared by a cluster's blocks, many are not.
+// Few heads in a launch are each shared by a cluster's blocks, many are not, and very many have a kernel of their own.
 TEST(CudaKdaDecode, ASequenceIsTheSameInAnyBatchInAnySlot) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
-  for (const auto& [K, V, H, N] : {std::array<int64_t, 4>{128, 128, 20, 9}, {64, 64, 3, 4}, {20, 12, 3, 4}}) {
+  for (const auto& [K, V, H, N] : {std::array<int64_t, 4>{128, 128, 20, 9}, {128, 128, 20, 15}, {64, 64, 3, 4}, {20, 12, 3, 4}}) {
     const Layer l(cat("decode/batch", K), N, H, K, V);
     const State start(cat("decode/batch", K), N + 1, l);
     std::vector<int64_t> tokens;

@@ -2,6 +2,7 @@
 #include "kernels/kda_decode.h"
 
 #include "kernels/cuda/kda_decode_launch.cuh"
+#include "kernels/cuda/kda_decode_many.h"
 #include "kernels/cuda/ops.h"
 
 namespace kda::cuda {
@@ -34,6 +35,7 @@ void kda_decode(Context& ctx, const KdaDecode& a) {
                            .V = int(V),
                            .gate = a.gate,
                            .eps = a.eps};
+  if (kda_decode_many_takes(ctx, args)) return kda_decode_many(ctx, args);
   launch_kda_decode(stream_of(ctx), device.arch >= 90, device.sms, args);
 }
 

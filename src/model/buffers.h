@@ -1,5 +1,7 @@
 // model/buffers.h — the memory of a forward pass: activations of one layer at a time, index arrays, op scratch.
 #pragma once
+#include <vector>
+
 #include "base/tensor.h"
 #include "kernels/backend.h"
 #include "model/weights.h"
@@ -30,6 +32,8 @@ struct Buffers {
   Tensor position;   // i32 [rows]
   Tensor start;      // i32 [sequences+1]
   Tensor slot_in, slot_out, past;  // i32 [sequences]
+  // What start, slot_in and slot_out hold: from token to token they seldom change, and are not sent again.
+  std::vector<int32_t> start_there, slot_in_there, slot_out_there;
   Tensor picked;     // i32 [sequences]  rows whose logits are wanted
   Arena arena;
   int64_t arena_bytes = 0;

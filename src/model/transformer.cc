@@ -210,9 +210,14 @@ void Transformer::upload(Context& ctx, Buffers& b, const Step& step) const {
   };
   copy(b.ids, step.ids);
   copy(b.position, position);
-  copy(b.start, step.start);
-  copy(b.slot_in, step.slot_in);
-  copy(b.slot_out, step.slot_out);
+  const auto copy_new = [&](const Tensor& to, std::vector<int32_t>& there, std::span<const int32_t> from) {
+    if (std::equal(there.begin(), there.end(), from.begin(), from.end())) return;
+    copy(to, from);
+    there.assign(from.begin(), from.end());
+  };
+  copy_new(b.start, b.start_there, step.start);
+  copy_new(b.slot_in, b.slot_in_there, step.slot_in);
+  copy_new(b.slot_out, b.slot_out_there, step.slot_out);
   copy(b.past, step.past);
 }
 

@@ -213,7 +213,8 @@ TEST(CudaMatvec, ARowIsTheSameInAnyBatch) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
   for (const auto& [d, least, R] : {std::tuple<Dtype, int64_t, int64_t>{Dtype::bf16, 1, 2}, {Dtype::bf16, 3, 16},
-                                    {Dtype::i8, 1, 70}, {Dtype::f8_e4m3, 1, 70}}) {
+                                    {Dtype::i8, 1, 2}, {Dtype::f8_e4m3, 1, 2}, {Dtype::i8, 3, 70},
+                                    {Dtype::f8_e4m3, 3, 70}}) {
     const int64_t K = 2560;
     std::vector<Matrix> w;
     w.push_back(Matrix::make(ctx, "same/w", d, 2048, K));

@@ -131,16 +131,22 @@ class Graph final : public Recorded {
 };
 
 std::unique_ptr<Recorded> record(Context& ctx, const std::function<void()>& work) {
+  Device& device = device_of(ctx);
   cudaGraph_t graph = nullptr;
   KDA_CUDA(cudaStreamBeginCapture(stream_of(ctx), cudaStreamCaptureModeThreadLocal));
+  device.recording = true;
   try {
     work();
+    stream_of(ctx);  // launches what waits
   } catch (...) {
+    device.recording = device.chain_waits = false;
+    device.chain.reset();
     cudaStreamEndCapture(stream_of(ctx), &graph);
     cudaGetLastError();
     if (graph) cudaGraphDestroy(graph);
     throw;
   }
+  device.recording = false;
   KDA_CUDA(cudaStreamEndCapture(stream_of(ctx), &graph));
   cudaGraphExec_t exec = nullptr;
   const cudaError_t e = cudaGraphInstantiate(&exec, graph, 0);

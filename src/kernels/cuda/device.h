@@ -24,6 +24,9 @@ struct Device {
   // Handles and plans of the libraries, made by the files that use them, at first use.
   std::shared_ptr<void> gemm, attention, upload;
   void* encode_tensor_map = nullptr;  // the driver's cuTensorMapEncodeTiled, once it was looked for
+  std::shared_ptr<void> chain;  // ops of few rows that wait to be launched together (chain.h)
+  bool chain_waits = false;     // there are such
+  bool recording = false;
   int sm90a_code = -1;  // whether this binary has machine code for sm_90a that runs here; -1: not known yet
 
   Device() = default;
@@ -36,7 +39,12 @@ inline constexpr size_t kBounceBytes = 64 << 10;
 inline constexpr size_t kTickets = 1024;
 
 inline Device& device_of(const Context& ctx) { return *static_cast<Device*>(ctx.device.get()); }
-inline cudaStream_t stream_of(const Context& ctx) { return static_cast<cudaStream_t>(ctx.stream); }
+void launch_chain(const Context&);
+// To launch something on, or to wait for: what waits in the chain is launched before.
+inline cudaStream_t stream_of(const Context& ctx) {
+  if (device_of(ctx).chain_waits) launch_chain(ctx);
+  return static_cast<cudaStream_t>(ctx.stream);
+}
 
 // Throws Error with what was called, CUDA's words for the failure and what to do about it.
 [[noreturn]] void fail(cudaError_t, const char* what);

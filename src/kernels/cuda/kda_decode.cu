@@ -1,6 +1,7 @@
 // kernels/cuda/kda_decode.cu — the body of kda_decode.h; the kernels are in kda_decode_kernel.cuh.
 #include "kernels/kda_decode.h"
 
+#include "kernels/cuda/chain.h"
 #include "kernels/cuda/kda_decode_launch.cuh"
 #include "kernels/cuda/kda_decode_many.h"
 #include "kernels/cuda/ops.h"
@@ -36,7 +37,7 @@ void kda_decode(Context& ctx, const KdaDecode& a) {
                            .gate = a.gate,
                            .eps = a.eps};
   if (kda_decode_many_takes(ctx, args)) return kda_decode_many(ctx, args);
-  launch_kda_decode(stream_of(ctx), device.arch >= 90, device.sms, args);
+  if (!chain_kda_decode(ctx, args)) launch_kda_decode(stream_of(ctx), device.arch >= 90, device.sms, args);
 }
 
 size_t kda_decode_workspace(const Context&, int64_t, int64_t, int64_t, int64_t) { return 0; }

@@ -19,10 +19,10 @@ __global__ void __launch_bounds__(256) kda_decode_any_kernel(const __grid_consta
   const auto taps = [](const float* w, int64_t i) { return reinterpret_cast<const float4*>(w)[i]; };
   for (int i = tid; i < K; i += blockDim.x) {
     const int64_t at = (n * H + h) * K + i;
-    c.load(a, in, channels, h * K + i, a.q + at);
+    c.load_past(a, in, channels, h * K + i), c.load_new(a.q + at);
     q[i] = c.silu(taps(a.q_conv, h * K + i));
     c.store(a, out, channels, h * K + i);
-    c.load(a, in, channels, (H + h) * K + i, a.k + at);
+    c.load_past(a, in, channels, (H + h) * K + i), c.load_new(a.k + at);
     k[i] = c.silu(taps(a.k_conv, h * K + i));
     c.store(a, out, channels, (H + h) * K + i);
     decay[i] = decay_of(a.gate, expf(a.A_log[h]), __bfloat162float(a.f[at]) + a.dt_bias[h * K + i]);
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(256) kda_decode_any_kernel(const __grid_consta
   }
   for (int i = tid; i < V; i += blockDim.x) {
     const int64_t channel = 2 * H * K + h * V + i;
-    c.load(a, in, channels, channel, a.v + (n * H + h) * V + i);
+    c.load_past(a, in, channels, channel), c.load_new(a.v + (n * H + h) * V + i);
     v[i] = c.silu(taps(a.v_conv, h * V + i));
     c.store(a, out, channels, channel);
   }

@@ -107,9 +107,9 @@ __global__ void __launch_bounds__(kManyThreads, 1) kda_decode_many_kernel(const 
       r.v_taps = reinterpret_cast<const float4*>(a.v_conv)[h * K + c];
       r.A = a.A_log[h], r.dt = a.dt_bias[h * K + c], r.g_bias = a.g_bias[h * K + c];
       r.in = int(known(a.in + n)), r.out = int(known(a.out + n));
-      r.q.load(a, r.in, channels, h * K + c, a.q + at);
-      r.k.load(a, r.in, channels, (H + h) * K + c, a.k + at);
-      r.v.load(a, r.in, channels, (2 * H + h) * K + c, a.v + at);
+      r.q.load_past(a, r.in, channels, h * K + c), r.q.load_new(a.q + at);
+      r.k.load_past(a, r.in, channels, (H + h) * K + c), r.k.load_new(a.k + at);
+      r.v.load_past(a, r.in, channels, (2 * H + h) * K + c), r.v.load_new(a.v + at);
       r.f = a.f[at], r.g = a.g[at], r.b = a.b[n * H + h];
     };
     const float o_weight = a.o_norm[c];

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/cuda/chain.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/matvec_launch.cuh"
 #include "kernels/cuda/ops.h"
@@ -149,6 +150,7 @@ void norm_rows(Context& ctx, const NormMatvec& a) {
 }
 
 void run(Context& ctx, Product p) {
+  if (chain_product(ctx, p.segments, p.x, p.norm, p.finish)) return;
   const int64_t R = p.segments[0].y.dim(0);
   if (R < kSkinnyMinRows) return launch_product(ctx, p);
   const ConstView x = p.norm ? ConstView(p.norm->h) : p.x;

@@ -10,17 +10,14 @@
 #include "kernels/cuda/async.cuh"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/matvec_plan.h"
+#include "kernels/cuda/matvec_types.h"
 
 namespace kda::cuda {
-
-enum class Weight { bf16, f8, i8 };
-enum class Finish { write, relu2, add };
 
 inline constexpr int kTaskRows = 16;
 inline constexpr int kPieceRow = 256;                      // bytes of a row in a stage
 inline constexpr int kStageBytes = kTaskRows * kPieceRow;  // per warp
 inline constexpr int kMaxRing = 8;
-inline constexpr int kMaxSegments = 8;
 inline constexpr int kMaxColumns = 64;  // rows of x a launch takes
 inline constexpr int kNormSlices = 8;
 

@@ -180,7 +180,11 @@ TEST(CudaKdaDecode, ExtremeGates) {
 TEST(CudaKdaDecode, ASequenceIsTheSameInAnyBatchInAnySlot) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
-  for (const auto& [K, V, H, N] : {std::array<int64_t, 4>{128, 128, 20, 9}, {128, 128, 20, 15}, {64, 64, 3, 4}, {20, 12, 3, 4}}) {
+  for (const auto& [K, V, H, N] : {std::array<int64_t, 4>{128, 128, 20, 5},
+                                   {128, 128, 20, 9},
+                                   {128, 128, 20, 15},
+                                   {64, 64, 3, 4},
+                                   {20, 12, 3, 4}}) {
     const Layer l(cat("decode/batch", K), N, H, K, V);
     const State start(cat("decode/batch", K), N + 1, l);
     std::vector<int64_t> tokens;

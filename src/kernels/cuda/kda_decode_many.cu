@@ -10,7 +10,7 @@ namespace kda::cuda {
 
 bool kda_decode_many_takes(const Context& ctx, const KdaDecodeArgs& a) {
   const int64_t heads = int64_t(a.N) * a.H;
-  return a.K == kManyWidth && a.V == kManyWidth && heads >= 2 * int64_t(device_of(ctx).sms) &&
+  return a.K == kManyWidth && a.V == kManyWidth && heads >= device_of(ctx).sms &&
          heads < int64_t(1) << 30 && reinterpret_cast<uintptr_t>(a.state) % 16 == 0 && has_sm90a_code(ctx);
 }
 

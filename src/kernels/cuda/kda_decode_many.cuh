@@ -1,4 +1,4 @@
-// kernels/cuda/kda_decode_many.cuh — kda_decode for more heads than the device holds at once; sm_90, K = V = 128.
+// kernels/cuda/kda_decode_many.cuh — kda_decode for at least as many heads as multiprocessors; sm_90, K = V = 128.
 //
 // Reading and writing of states must go on all the time at the device's full rate. A block takes every gridDim-th head
 // (of all sequences), so that what is read at one time lies side by side; states pass through a ring of pieces of 32

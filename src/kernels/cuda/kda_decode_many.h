@@ -1,4 +1,4 @@
-// kernels/cuda/kda_decode_many.h — kda_decode's kernel for more heads than the device holds at once; sm_90.
+// kernels/cuda/kda_decode_many.h — kda_decode's kernel for at least as many heads as multiprocessors; sm_90.
 #pragma once
 #include "kernels/cuda/kda_decode_kernel.cuh"
 

@@ -141,14 +141,6 @@ SkinnyFinish skinny_finish(Finish f) {
   return f == Finish::write ? SkinnyFinish::write : f == Finish::relu2 ? SkinnyFinish::relu2 : SkinnyFinish::add;
 }
 
-void norm_rows(Context& ctx, const NormMatvec& a) {
-  const int64_t R = a.x.dim(0), K = a.x.dim(1);
-  if (K % 4 || !aligned(a.x.data) || !aligned(a.norm.data) || !aligned(a.h.data))
-    return cuda::rms_norm(ctx, RmsNorm{.x = a.x, .w = a.norm, .y = a.h, .eps = a.eps});
-  launch_early("norm_matvec", ctx, dim3(unsigned(R)), dim3(256), 0, norm_rows_kernel, a.x.as<float>(),
-               a.norm.as<float>(), a.eps, int(K), const_cast<__nv_bfloat16*>(bf16_of(a.h)));
-}
-
 void run(Context& ctx, Product p) {
   if (chain_product(ctx, p.segments, p.x, p.norm, p.finish)) return;
   const int64_t R = p.segments[0].y.dim(0);
@@ -166,7 +158,7 @@ void run(Context& ctx, Product p) {
   const auto elsewhere = [&](const MatmulSegment& s) { return skinny(s) || large(s); };
   if (std::none_of(p.segments.begin(), p.segments.end(), elsewhere)) return launch_product(ctx, p);
   if (p.norm) {
-    norm_rows(ctx, *p.norm);
+    cuda::rms_norm(ctx, RmsNorm{.x = p.norm->x, .w = p.norm->norm, .y = p.norm->h, .eps = p.norm->eps});
     p.x = x;
     p.norm = nullptr;
   }

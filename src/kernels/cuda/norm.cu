@@ -31,7 +31,12 @@ template <bool kAdd, int kGroups>
 __global__ void norm_row(const float* x, const bf* add, const float* w, float* x_out, bf* y, int64_t D, float eps) {
   const int64_t row = int64_t(blockIdx.x) * D;
   const int groups = int(D / 4);
-  float v[kGroups][4], a[kGroups][4];
+  float v[kGroups][4], a[kGroups][4], s[kGroups][4];
+  release_next();
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g)  // of the weights nothing changes between launches
+    if (const int i = int(threadIdx.x) + g * int(blockDim.x); i < groups) load(s[g], w + 4 * i);
+  wait_for_previous();
 #pragma unroll
   for (int g = 0; g < kGroups; ++g)
     if (const int i = int(threadIdx.x) + g * int(blockDim.x); i < groups) {
@@ -53,10 +58,8 @@ __global__ void norm_row(const float* x, const bf* add, const float* w, float* x
 #pragma unroll
   for (int g = 0; g < kGroups; ++g)
     if (const int i = int(threadIdx.x) + g * int(blockDim.x); i < groups) {
-      float s[4];
-      load(s, w + 4 * i);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) v[g][e] *= r * s[e];
+      for (int e = 0; e < 4; ++e) v[g][e] *= r * s[g][e];
       store(y + row + 4 * i, v[g]);
     }
 }
@@ -87,7 +90,7 @@ void run(const char* op, Context& ctx, const float* x, const bf* add, const floa
       D % 4 == 0 && D <= 16 * 1024 && aligned(x, 16) && aligned(w, 16) && aligned(y, 8) && (!kAdd || aligned(add, 8));
   if (wide) {
     const auto threads = unsigned(ceil_div(D, 4 * kGroups * 32) * 32);
-    launch(op, ctx, unsigned(R), threads, 0, norm_row<kAdd, kGroups>, x, add, w, x_out, y, D, eps);
+    launch_early(op, ctx, unsigned(R), threads, 0, norm_row<kAdd, kGroups>, x, add, w, x_out, y, D, eps);
   } else {
     launch(op, ctx, unsigned(R), 256, 0, norm_any<kAdd>, x, add, w, x_out, y, D, eps);
   }

@@ -43,6 +43,12 @@ __device__ inline uint4 shared16(uint32_t from) {
   return v;
 }
 
+__device__ inline uint2 shared8(uint32_t from) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
+  return v;
+}
+
 // c[16,8] += a[16,16] b[16,8], bf16 operands, fp32 sums.
 __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                            uint32_t b1) {

@@ -5,8 +5,8 @@
 // this block's in link after link, through a ring in shared memory, as far ahead as the ring goes, so that the memory
 // is busy while the links' ends and beginnings wait for each other. The other warps, the takers, do the links: what a
 // link reads of the one before is there when all blocks have arrived at a counter. They must be well faster than the
-// memory, to catch up afterwards with what the ring holds. Weights are the matrix unit's 8-column operand, rows of x
-// its 16-row one; the warps share a chunk in pieces of 64 bytes, taken in turn, and their sums are added in one order.
+// memory, to catch up afterwards with what the ring holds. The warps share a chunk in pieces of 64 bytes, taken in
+// turn, and their sums are added in one order.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -185,11 +185,15 @@ __device__ void take_x(const ChainProduct& link, uint8_t* shared, TakenX& taken,
       const float4* const kept = reinterpret_cast<const float4*>(raw) + int64_t(r) * pieces;
       for (int i = tid; i < pieces; i += kChainTakers) {
         const uint2 v = norm_apply(kept[i], weights[i], factor);
-        if (wide) *reinterpret_cast<uint2*>(shared + r * stride + 8 * i) = v;
-        if (eight)
-          *reinterpret_cast<uint2*>(halves + r * stride + 8 * i) = {
-              half2_of(low_bf16(v.x) * inverse, high_bf16(v.x) * inverse),
-              half2_of(low_bf16(v.y) * inverse, high_bf16(v.y) * inverse)};
+        if (wide) {
+          uint32_t* const to = reinterpret_cast<uint32_t*>(shared + r * stride + 16 * (i / 2)) + i % 2;
+          to[0] = v.x, to[2] = v.y;
+        }
+        if (eight) {
+          uint32_t* const to = reinterpret_cast<uint32_t*>(halves + r * stride + 32 * (i / 4)) + i % 4;
+          to[0] = half2_of(low_bf16(v.x) * inverse, high_bf16(v.x) * inverse);
+          to[4] = half2_of(low_bf16(v.y) * inverse, high_bf16(v.y) * inverse);
+        }
       }
     }
   } else {
@@ -202,7 +206,7 @@ __device__ void take_x(const ChainProduct& link, uint8_t* shared, TakenX& taken,
 #pragma unroll 4
       for (int i = tid; i < pieces; i += kChainTakers) {
         const uint4 v = __ldcg(reinterpret_cast<const uint4*>(from) + i);
-        *reinterpret_cast<uint4*>(shared + row * stride + 16 * i) = v;
+        *reinterpret_cast<uint4*>(shared + row * stride + 16 * i) = {v.x, v.z, v.y, v.w};
         most = __vmaxu2(__vmaxu2(most, v.x & 0x7fff7fffu), __vmaxu2(v.y & 0x7fff7fffu, v.z & 0x7fff7fffu));
         most = __vmaxu2(most, v.w & 0x7fff7fffu);
       }
@@ -216,10 +220,12 @@ __device__ void take_x(const ChainProduct& link, uint8_t* shared, TakenX& taken,
       if (tid == 0) taken.factor[row] = power;
       if (!eight) continue;
       const auto scaled = [&](uint32_t v) { return half2_of(low_bf16(v) * inverse, high_bf16(v) * inverse); };
-      for (int i = tid; i < pieces; i += kChainTakers) {
-        const uint4 v = *reinterpret_cast<const uint4*>(shared + row * stride + 16 * i);
-        *reinterpret_cast<uint4*>(halves + row * stride + 16 * i) = {scaled(v.x), scaled(v.y), scaled(v.z),
-                                                                     scaled(v.w)};
+      for (int i = tid; i < pieces / 2; i += kChainTakers) {
+        const uint4* const at = reinterpret_cast<const uint4*>(shared + row * stride + 32 * i);
+        uint4* const to = reinterpret_cast<uint4*>(halves + row * stride + 32 * i);
+        const uint4 v = at[0], w = at[1];
+        to[0] = {scaled(v.x), scaled(v.y), scaled(w.x), scaled(w.y)};
+        to[1] = {scaled(v.z), scaled(v.w), scaled(w.z), scaled(w.w)};
       }
     }
   }
@@ -241,30 +247,36 @@ __device__ inline uint32_t half2_at(uint32_t word, int i) {
   return h;
 }
 
-// Adds to the sums of rows g of x times columns 2 t and 2 t + 1 of the group what this warp's pieces of a chunk give. w
-// and x: where the lane's part of the warp's first piece lies. All loads are asked for before the first product waits.
-// kFull: the chunk is a whole one; else it has `pieces`, counted from the warp's first.
+// Adds to the sums of row g of the group what this warp's pieces of a chunk give. w and x: where the lane's part of the
+// warp's first piece lies; kFull: the chunk is a whole one, else it has `pieces`, counted from the warp's first.
+//
+// The 16 bytes that a lane has of a row are the matrix unit's operand as they come: row g of it has the even pairs, row
+// g + 8 the odd ones. So column 2 r of the other operand has the even pairs of row r of x, column 2 r + 1 the odd ones,
+// and the product is sum[..][0] + sum[..][3] of lanes t = r.
 template <Weight kW, bool kFull>
-__device__ void multiply_chunk(float (&sum)[4][4], uint32_t w, uint32_t x, int pieces) {
-  constexpr int kLoads = kW == Weight::bf16 ? 1 : 2, kTurn = kChainWarps * kChainPiece;
-  uint4 v[kChainTurns], y[kChainTurns][kLoads];
+__device__ void multiply_chunk(float (&sum)[2][4], uint32_t w, uint32_t x, int pieces) {
+  constexpr int kWide = kW == Weight::bf16 ? 1 : 2, kTurn = kChainWarps * kChainPiece;
+  uint4 v[kChainTurns], y[kChainTurns];
 #pragma unroll
   for (int j = 0; j < kChainTurns; ++j) {
     const bool there = kFull || j * kChainWarps < pieces;
     v[j] = there ? shared16(w + j * kTurn) : uint4{};
-#pragma unroll
-    for (int l = 0; l < kLoads; ++l) y[j][l] = there ? shared16(x + j * kTurn * kLoads + 16 * l) : uint4{};
+    if constexpr (kWide == 1) {
+      const uint2 pair = there ? shared8(x + j * kTurn) : uint2{};
+      y[j].x = pair.x, y[j].y = pair.y;
+    } else {
+      y[j] = there ? shared16(x + j * kTurn * kWide) : uint4{};
+    }
   }
 #pragma unroll
   for (int j = 0; j < kChainTurns; ++j) {
-    if constexpr (kW == Weight::bf16) {
-      mma(sum[j % 2], y[j][0].x, 0, y[j][0].y, 0, v[j].x, v[j].y);
-      mma(sum[2 + j % 2], y[j][0].z, 0, y[j][0].w, 0, v[j].z, v[j].w);
+    if constexpr (kWide == 1) {
+      mma(sum[j % 2], v[j].x, v[j].y, v[j].z, v[j].w, y[j].x, y[j].y);
     } else {
-      mma_f16(sum[0], y[j][0].x, 0, y[j][0].y, 0, half2_at<kW>(v[j].x, 0), half2_at<kW>(v[j].x, 1));
-      mma_f16(sum[1], y[j][0].z, 0, y[j][0].w, 0, half2_at<kW>(v[j].y, 0), half2_at<kW>(v[j].y, 1));
-      mma_f16(sum[2], y[j][1].x, 0, y[j][1].y, 0, half2_at<kW>(v[j].z, 0), half2_at<kW>(v[j].z, 1));
-      mma_f16(sum[3], y[j][1].z, 0, y[j][1].w, 0, half2_at<kW>(v[j].w, 0), half2_at<kW>(v[j].w, 1));
+      mma_f16(sum[0], half2_at<kW>(v[j].x, 0), half2_at<kW>(v[j].x, 1), half2_at<kW>(v[j].y, 0),
+              half2_at<kW>(v[j].y, 1), y[j].x, y[j].y);
+      mma_f16(sum[1], half2_at<kW>(v[j].z, 0), half2_at<kW>(v[j].z, 1), half2_at<kW>(v[j].w, 0),
+              half2_at<kW>(v[j].w, 1), y[j].z, y[j].w);
     }
   }
 }
@@ -322,13 +334,13 @@ struct Taker {
     const int R = link.R, most = kMaxGroups / R, stride = GroupSums::stride(R);
     const int pieces = link.K * kBytes / kChainPiece, chunk = min(kChainChunk / kChainPiece, pieces);
     const uint32_t w_lane = ring + g * chain_stride(chunk * kChainPiece) + warp * kChainPiece + t * 16;
-    // Lanes beyond R take a row as well, whose sums nobody reads.
-    const int x_row = (link.inputs > 1 ? segment.input * R : 0) + min(g, R - 1);
-    const uint32_t x_lane =
-        x_shared + (kWide > 1 ? link.half_at : 0) + x_row * link.x_stride + (warp * kChainPiece + t * 16) * kWide;
-    float* const mine = parts.part + (warp * R + g) * kChainGroup + 2 * t;
+    // Columns beyond 2 R take a row as well; nobody reads their sums.
+    const int x_row = (link.inputs > 1 ? segment.input * R : 0) + min(g / 2, R - 1);
+    const uint32_t x_lane = x_shared + (kWide > 1 ? link.half_at : 0) + x_row * link.x_stride +
+                            (warp * kChainPiece + t * 16 + g % 2 * 8) * kWide;
+    float* const mine = parts.part + (warp * R + t) * kChainGroup + g;
     for (; rows > 0; rows -= kChainGroup, row += kChainGroup) {
-      float sum[4][4] = {};
+      float sum[2][4] = {};
       for (int from = 0; from < pieces; from += chunk) {
         const int n = pieces - from;
         const uint32_t w = w_lane + at.slot * kChainSlot, x = x_lane + from * kChainPiece * kWide;
@@ -341,9 +353,7 @@ struct Taker {
         if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * at.slot) : "memory");
         at.advance(slots);
       }
-      if (g < R)
-        *reinterpret_cast<float2*>(mine + groups * stride) = {sum[0][0] + sum[1][0] + (sum[2][0] + sum[3][0]),
-                                                              sum[0][1] + sum[1][1] + (sum[2][1] + sum[3][1])};
+      if (t < R) mine[groups * stride] = sum[0][0] + sum[1][0] + (sum[0][3] + sum[1][3]);
       if (threadIdx.x == 0) parts.group[groups] = {&segment, row, min(kChainGroup, rows)};
       if (++groups == most) {
         chain_sync();

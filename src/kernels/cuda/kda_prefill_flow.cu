@@ -146,42 +146,15 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
   uint32_t out[8][2] = {};    // o of the chunk before, not yet written
   const float root = rsqrtf(float(K));
   const auto load = [&](int n) {
-    const float* const source = a.in[n] >= 0 ? a.state + (int64_t(a.in[n]) * H + h) * V * K : nullptr;
-#pragma unroll
-    for (int j = 0; j < NT; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float2 x = make_float2(0, 0);
-        if (source) x = *reinterpret_cast<const float2*>(source + int64_t(row0 + g + 8 * half) * K + 8 * j + 2 * tq);
-        S[j][2 * half] = x.x, S[j][2 * half + 1] = x.y;
-      }
+    load_rows(S, a.in[n] >= 0 ? a.state + ((int64_t(a.in[n]) * H + h) * V + row0) * K : nullptr, g, tq);
     power = 1;
   };
   const auto store = [&](int slot) {
-    if (slot < 0) return;
-    float* const at = a.state + (int64_t(slot) * H + h) * V * K;
-    const float back = inverse(power);
-#pragma unroll
-    for (int j = 0; j < NT; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<float2*>(at + int64_t(row0 + g + 8 * half) * K + 8 * j + 2 * tq) =
-            make_float2(S[j][2 * half] * back, S[j][2 * half + 1] * back);
+    if (slot >= 0) store_rows(a.state + ((int64_t(slot) * H + h) * V + row0) * K, S, inverse(power), g, tq);
   };
   __nv_bfloat16* to_o = nullptr;
   int left = 0;
-  const auto write_o = [&] {
-    const int64_t next = 8 * int64_t(H) * V;
-    __nv_bfloat16* to = to_o;
-#pragma unroll
-    for (int j = 0; j < 8; ++j, to += next) {
-      const uint32_t low = transposed(out[j][0]), high = transposed(out[j][1]);
-      if (8 * j < left) {
-        *reinterpret_cast<uint32_t*>(to) = low;
-        *reinterpret_cast<uint32_t*>(to + 8) = high;
-      }
-    }
-  };
+  const auto write_o = [&] { write_rows(to_o, out, 8 * int64_t(H) * V, left); };
   // Sequences without tokens hand their states on.
   int done = 0;
   const auto hand_on = [&](int to) {
@@ -211,40 +184,8 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
       for (int x = 0; x < 4; ++x) u0[x] = __ldcg(from + x * 32);
     }
     uint32_t A[NT][2];
-    const auto rounded = [&] {
-      __half2 most = __float2half2_rn(0.0f);
-#pragma unroll
-      for (int j = 0; j < NT; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          A[j][e] = half2_bits(S[j][2 * e], S[j][2 * e + 1]);
-          most = __hmax2(most, __habs2(as_half2(A[j][e])));
-        }
-      return fmaxf(__low2float(most), __high2float(most));
-    };
     const float unscale = reinterpret_cast<const float*>(buffer + G::p + spare_at(rows, 1))[w];
-    {
-      const float most = rounded(), u_most = unscale * 0x1p11f * power;
-      // |W| <= 2 in length, so |W S| <= 2 sqrt(K) max |S|: with these limits no U passes 65504.
-      if (__any_sync(~0u, most > 0x1p10f || u_most > 0x1p14f) || !__any_sync(~0u, fmaxf(most, u_most) >= 0x1p-3f)) {
-        float top = u_most;
-#pragma unroll
-        for (int j = 0; j < NT; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(S[j][e]));
-#pragma unroll
-        for (int m = 16; m; m /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
-        const float by = inverse_power(top) * 0x1p6f;
-        if (top > 0 && (by < 1 || power < 0x1p40f)) {
-          power *= by;
-#pragma unroll
-          for (int j = 0; j < NT; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) S[j][e] *= by;
-          rounded();
-        }
-      }
-    }
+    round_rows(A, S, power, unscale);
     const auto a_of = [&](uint32_t(&x)[4], int step) {
       x[0] = A[2 * step][0], x[1] = A[2 * step][1], x[2] = A[2 * step + 1][0], x[3] = A[2 * step + 1][1];
     };

@@ -47,6 +47,76 @@ __device__ inline float inverse_power(float x) {
   return __uint_as_float(uint32_t(127 - e) << 23);
 }
 
+// ---- 16 rows of a state in a warp: a lane has rows g and g + 8, two columns of every 8, in S[..][2 * half ..]
+template <int NT>
+__device__ __forceinline__ void load_rows(float (&S)[NT][4], const float* from, int g, int tq) {
+#pragma unroll
+  for (int j = 0; j < NT; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float2 x = make_float2(0, 0);
+      if (from) x = *reinterpret_cast<const float2*>(from + int64_t(g + 8 * half) * (8 * NT) + 8 * j + 2 * tq);
+      S[j][2 * half] = x.x, S[j][2 * half + 1] = x.y;
+    }
+}
+template <int NT>
+__device__ __forceinline__ void store_rows(float* to, const float (&S)[NT][4], float by, int g, int tq) {
+#pragma unroll
+  for (int j = 0; j < NT; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<float2*>(to + int64_t(g + 8 * half) * (8 * NT) + 8 * j + 2 * tq) =
+          make_float2(S[j][2 * half] * by, S[j][2 * half + 1] * by);
+}
+// A: S in fp16. S holds the state times `power`, which is changed first where fp16 would not hold S, what W makes of
+// it, or U0 (at most 2^11 times `unscale`).
+template <int NT>
+__device__ __forceinline__ void round_rows(uint32_t (&A)[NT][2], float (&S)[NT][4], float& power, float unscale) {
+  const auto rounded = [&] {
+    __half2 most = __float2half2_rn(0.0f);
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        A[j][e] = half2_bits(S[j][2 * e], S[j][2 * e + 1]);
+        most = __hmax2(most, __habs2(as_half2(A[j][e])));
+      }
+    return fmaxf(__low2float(most), __high2float(most));
+  };
+  const float most = rounded(), u_most = unscale * 0x1p11f * power;
+  // |W| <= 2 in length, so |W S| <= 2 sqrt(K) max |S|: with these limits no U passes 65504.
+  if (__any_sync(~0u, most > 0x1p10f || u_most > 0x1p14f) || !__any_sync(~0u, fmaxf(most, u_most) >= 0x1p-3f)) {
+    float top = u_most;
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(S[j][e]));
+#pragma unroll
+    for (int m = 16; m; m /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
+    const float by = inverse_power(top) * 0x1p6f;
+    if (top > 0 && (by < 1 || power < 0x1p40f)) {
+      power *= by;
+#pragma unroll
+      for (int j = 0; j < NT; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) S[j][e] *= by;
+      rounded();
+    }
+  }
+}
+// A chunk's outputs, as accumulators have them (16 values x 64 tokens), to tokens g, g + 8, .. of which `left` - g are
+// there; next: elements from one of these tokens to the next.
+__device__ __forceinline__ void write_rows(__nv_bfloat16* to, const uint32_t (&out)[8][2], int64_t next, int left) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j, to += next) {
+    const uint32_t low = transposed(out[j][0]), high = transposed(out[j][1]);
+    if (8 * j < left) {
+      *reinterpret_cast<uint32_t*>(to) = low;
+      *reinterpret_cast<uint32_t*>(to + 8) = high;
+    }
+  }
+}
+
 // ---- products with the tiles of a chunk in shared memory, by a warpgroup
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define KDA_REGISTERS(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])

@@ -115,27 +115,16 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
         source = a.state + (int64_t(a.in[n]) * H + h) * V * K;
       }
     }
+    load_rows(S, source ? source + int64_t(row0) * K : nullptr, g, tq);
+    if (identity) {
 #pragma unroll
-    for (int j = 0; j < NT; ++j)
+      for (int j = 0; j < NT; ++j)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = row0 + g + 8 * half, c = 8 * j + 2 * tq;
-        float2 x = make_float2(0, 0);
-        if (source) x = *reinterpret_cast<const float2*>(source + int64_t(r) * K + c);
-        if (identity) x = make_float2(r - V == c ? 1.0f : 0.0f, r - V == c + 1 ? 1.0f : 0.0f);
-        S[j][2 * half] = x.x, S[j][2 * half + 1] = x.y;
-      }
+        for (int e = 0; e < 4; ++e) S[j][e] = row0 - V + g + 8 * (e >> 1) == 8 * j + 2 * tq + (e & 1) ? 1.0f : 0.0f;
+    }
   }
   float power = 1;  // S holds the state times this power of two, so that fp16 can hold it
-  const auto store = [&](float* at) {
-    const float back = inverse(power);
-#pragma unroll
-    for (int j = 0; j < NT; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<float2*>(at + int64_t(row0 + g + 8 * half) * K + 8 * j + 2 * tq) =
-            make_float2(S[j][2 * half] * back, S[j][2 * half + 1] * back);
-  };
+  const auto store = [&](float* at) { store_rows(at + int64_t(row0) * K, S, inverse(power), g, tq); };
   int mark = 0;
   if (!summary)
     while (mark < a.marks_n &&
@@ -145,17 +134,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
   float o[8][4] = {};       // O / s of a chunk times `power`, transposed: rows of v, columns of tokens
   uint32_t out[8][2] = {};  // o of the chunk before, not yet written
   const auto write_o = [&](int i) {
-    const int64_t t = (from + i) * kChunk, next = 8 * int64_t(H) * V;
-    const int left = int(min(int64_t(kChunk), tokens - t)) - g;
-    __nv_bfloat16* to_o = a.o + ((token_start + t + g) * H + h) * V + row0 + 2 * tq;
-#pragma unroll
-    for (int j = 0; j < 8; ++j, to_o += next) {
-      const uint32_t low = transposed(out[j][0]), high = transposed(out[j][1]);
-      if (8 * j < left) {
-        *reinterpret_cast<uint32_t*>(to_o) = low;
-        *reinterpret_cast<uint32_t*>(to_o + 8) = high;
-      }
-    }
+    const int64_t t = (from + i) * kChunk;
+    write_rows(a.o + ((token_start + t + g) * H + h) * V + row0 + 2 * tq, out, 8 * int64_t(H) * V,
+               int(min(int64_t(kChunk), tokens - t)) - g);
   };
 
   for (int i = 0; i < count; ++i) {
@@ -175,40 +156,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 
     // ---- S as the A operand
     uint32_t A[NT][2];
-    const auto rounded = [&] {
-      __half2 most = __float2half2_rn(0.0f);
-#pragma unroll
-      for (int j = 0; j < NT; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          A[j][e] = half2_bits(S[j][2 * e], S[j][2 * e + 1]);
-          most = __hmax2(most, __habs2(as_half2(A[j][e])));
-        }
-      return fmaxf(__low2float(most), __high2float(most));
-    };
     const float unscale = identity ? 0.0f : reinterpret_cast<const float*>(buffer + G::scale)[w];
-    {
-      const float most = rounded(), u_most = unscale * 0x1p11f * power;
-      // |W| <= 2 in length, so |W S| <= 2 sqrt(K) max |S|: with these limits no U passes 65504.
-      if (__any_sync(~0u, most > 0x1p10f || u_most > 0x1p14f) || !__any_sync(~0u, fmaxf(most, u_most) >= 0x1p-3f)) {
-        float top = u_most;
-#pragma unroll
-        for (int j = 0; j < NT; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(S[j][e]));
-#pragma unroll
-        for (int m = 16; m; m /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
-        const float by = inverse_power(top) * 0x1p6f;
-        if (top > 0 && (by < 1 || power < 0x1p40f)) {
-          power *= by;
-#pragma unroll
-          for (int j = 0; j < NT; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) S[j][e] *= by;
-          rounded();
-        }
-      }
-    }
+    round_rows(A, S, power, unscale);
     const auto a_of = [&](uint32_t(&x)[4], int step) {
       x[0] = A[2 * step][0], x[1] = A[2 * step][1], x[2] = A[2 * step + 1][0], x[3] = A[2 * step + 1][1];
     };

@@ -107,7 +107,7 @@ struct Model {
   void step() {
     const float eps = 1e-5f;
     const View xs = x.view({R, D}), hs = h.view({R, F});
-    const View normed{hs.data, Dtype::bf16, {R, D}}, inner{hs.data, Dtype::bf16, {R, HW}};
+    const View normed{hs.data, Dtype::bf16, {R, D}};
     for (Layer& l : layers) {
       const MatmulSegment in[] = {{l.q.view(), q.view({R, HW})},     {l.k.view(), k.view({R, HW})},
                                   {l.v.view(), v.view({R, HW})},     {l.f0.view(), f_mid.view({R, W})},
@@ -135,10 +135,10 @@ struct Model {
                        .state = l.state.view({3, H, W, W}),
                        .slots = {slots.data(), slots.data()},
                        .y = o.view({R, HW})});
-      matvec_add(ctx, {o.view({R, HW}), l.o.view(), xs, inner});
+      matvec_add(ctx, {o.view({R, HW}), l.o.view(), xs, normed});
       const MatmulSegment up{l.up.view(), wide.view({R, F})};
       norm_matvec_relu2(ctx, {.x = xs, .norm = l.norm.view({D}), .eps = eps, .segments = {&up, 1}, .h = normed});
-      matvec_add(ctx, {wide.view({R, F}), l.down.view(), xs, hs});
+      matvec_add(ctx, {wide.view({R, F}), l.down.view(), xs, normed});
     }
   }
 };

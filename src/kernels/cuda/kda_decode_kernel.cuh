@@ -81,6 +81,9 @@ __device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, in
   if (takes_q) q_taps = reinterpret_cast<const float4*>(a.q_conv)[h * K + tid];
   if (takes_k) k_taps = reinterpret_cast<const float4*>(a.k_conv)[h * K + kc], dt = a.dt_bias[h * K + kc];
   if (takes_v) v_taps = reinterpret_cast<const float4*>(a.v_conv)[h * V + share * kRows + tid];
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kShare > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
   const int row0 = tid / 8;
   const int64_t piece = (h * V + share * kRows + row0) * K + (tid % 8) * 4;
   const auto known = [&](const int32_t* p) { return int64_t(*reinterpret_cast<const volatile int32_t*>(p)); };

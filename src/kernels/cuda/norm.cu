@@ -28,7 +28,8 @@ __device__ float block_sum(float x) {
 
 // D a multiple of 4 and at most 4 kGroups blockDim.
 template <bool kAdd, int kGroups>
-__global__ void norm_row(const float* x, const bf* add, const float* w, float* x_out, bf* y, int64_t D, float eps) {
+__global__ void __launch_bounds__(1024)
+    norm_row(const float* x, const bf* add, const float* w, float* x_out, bf* y, int64_t D, float eps) {
   const int64_t row = int64_t(blockIdx.x) * D;
   const int groups = int(D / 4);
   float v[kGroups][4], a[kGroups][4], s[kGroups][4];

@@ -1,4 +1,4 @@
-// kernels/cuda/chain.h — several ops of few rows in one launch (docs/CUDA-DECODE.md).
+// kernels/cuda/chain.h — several ops of few rows in one launch (docs/CUDA.md).
 //
 // While a step is recorded, ops that can join the chain wait until another op, or the recording's end, launches them.
 // Outside of a recording each is launched at once, as a chain of one.

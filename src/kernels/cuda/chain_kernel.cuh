@@ -1,5 +1,5 @@
 // kernels/cuda/chain_kernel.cuh — the products and KDA steps of few rows, one after another in one launch
-// (docs/CUDA-DECODE.md).
+// (docs/CUDA.md).
 //
 // A block per multiprocessor stays for the whole chain. Its last warp streams weights: it asks for the rows that are
 // this block's in link after link, through a ring in shared memory, as far ahead as the ring goes, so that the memory

@@ -1,4 +1,4 @@
-// kernels/cuda/matvec_kernel.cuh — y = x W^T for up to 64 rows of x, bound by reading W once (docs/CUDA-DECODE.md).
+// kernels/cuda/matvec_kernel.cuh — y = x W^T for up to 64 rows of x, bound by reading W once (docs/CUDA.md).
 //
 // A task is up to 16 rows of the stacked segments over one part of K; a warp takes its tasks one after another. Weights
 // come through a ring of stages in shared memory that belongs to the warp alone: a stage is 16 rows x 256 bytes, filled

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <ctime>
 #include <iomanip>
 #include <iostream>
 #include <memory>
@@ -28,13 +29,22 @@ struct Options {
   double minutes = 0;
 };
 
-// Set by Ctrl-C. The first one asks the run to save and leave, a second one ends the program at once.
+// Set by Ctrl-C. The first one asks the run to save and leave, a second one ends the program at once, unless it comes
+// within a second: then it is the same one, told twice, as `timeout` tells a program and then its group.
 std::atomic<bool> interrupted{false};
-static_assert(std::atomic<bool>::is_always_lock_free);
+std::atomic<int64_t> interrupted_at{0};  // milliseconds of the steady clock
+static_assert(std::atomic<bool>::is_always_lock_free && std::atomic<int64_t>::is_always_lock_free);
 
 void on_interrupt(int signal) {
-  interrupted = true;
-  std::signal(signal, SIG_DFL);
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  const int64_t ms = int64_t(now.tv_sec) * 1000 + now.tv_nsec / 1000000;
+  if (!interrupted.exchange(true)) {
+    interrupted_at = ms;
+  } else if (ms - interrupted_at > 1000) {
+    std::signal(signal, SIG_DFL);
+    std::raise(signal);
+  }
 }
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }

@@ -38,8 +38,11 @@ class Background {
     ended_ = waitpid(pid_, &status_, WNOHANG) == pid_;
     return !ended_;
   }
+  void tell(int signal) {
+    if (running()) ::kill(pid_, signal);
+  }
   int end(int signal) {  // its wait status
-    if (running() && signal) ::kill(pid_, signal);
+    if (signal) tell(signal);
     if (!ended_) waitpid(pid_, &status_, 0);
     ended_ = true;
     return status_;
@@ -98,6 +101,7 @@ TEST(DistillProgram, InterruptedItSavesAndLeaves) {
   while (run.running() && test::read_bytes(t.dir / "out/metrics.jsonl").find("\"match\"") == std::string::npos)
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   ASSERT_TRUE(run.running());
+  run.tell(SIGINT);  // twice at once, as `timeout` tells a program and then its group
   const int status = run.end(SIGINT);
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
   const auto last = t.metrics("out", "train").back()["step"].get<int64_t>();

@@ -76,6 +76,16 @@ std::vector<float> step(Context& ctx, const Layer& l, const std::vector<int64_t>
   return y.fetch();
 }
 
+// All the layer's tokens, one after another, of one sequence in slot 0.
+std::vector<float> steps(Context& ctx, const Layer& l, State& s) {
+  std::vector<float> y;
+  for (int64_t t = 0; t < l.T; ++t) {
+    const auto row = step(ctx, l, {t}, {0}, {0}, s);
+    y.insert(y.end(), row.begin(), row.end());
+  }
+  return y;
+}
+
 // The whole layer over its tokens of one sequence in slot 0, in double.
 Doubles reference(const Layer& l, const State& s, Doubles& S, Doubles& window) {
   const int64_t T = l.T, H = l.H, K = l.K, V = l.V, HK = H * K, C = l.channels();
@@ -120,11 +130,7 @@ TEST(CudaKdaDecode, TokenByTokenFollowsTheReference) {
       State s(what, 1, l);
       Doubles S, window;
       const auto want = reference(l, s, S, window);
-      std::vector<float> got;
-      for (int64_t t = 0; t < l.T; ++t) {
-        const auto y = step(ctx, l, {t}, {0}, {0}, s);
-        got.insert(got.end(), y.begin(), y.end());
-      }
+      auto got = steps(ctx, l, s);
       EXPECT_LE(relative_l2(got, want), kOutput) << what;
       EXPECT_LE(relative_l2(s.S, S), kState) << what;
       EXPECT_TRUE(close(s.window, window, 0, 1)) << what;
@@ -145,11 +151,7 @@ TEST(CudaKdaDecode, ManyHeadsFollowTheReference) {
     State s(what, 1, l);
     Doubles S, window;
     const auto want = reference(l, s, S, window);
-    std::vector<float> got;
-    for (int64_t t = 0; t < l.T; ++t) {
-      const auto y = step(ctx, l, {t}, {0}, {0}, s);
-      got.insert(got.end(), y.begin(), y.end());
-    }
+    const auto got = steps(ctx, l, s);
     EXPECT_LE(relative_l2(got, want), kOutput) << what;
     EXPECT_LE(relative_l2(s.S, S), kState) << what;
     EXPECT_TRUE(close(s.window, window, 0, 1)) << what;
@@ -166,11 +168,7 @@ TEST(CudaKdaDecode, ExtremeGates) {
     State s("extreme", 1, l);
     Doubles S, window;
     const auto want = reference(l, s, S, window);
-    std::vector<float> got;
-    for (int64_t t = 0; t < l.T; ++t) {
-      const auto y = step(ctx, l, {t}, {0}, {0}, s);
-      got.insert(got.end(), y.begin(), y.end());
-    }
+    const auto got = steps(ctx, l, s);
     EXPECT_LE(relative_l2(got, want), kOutput) << size;
     EXPECT_LE(relative_l2(s.S, S), kState) << size;
   }

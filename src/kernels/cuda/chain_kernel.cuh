@@ -37,15 +37,6 @@ struct RingAt {
   }
 };
 
-__device__ inline void ring_wait(uint32_t barrier, uint32_t phase) {
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again; }\n" ::"r"(barrier),
-      "r"(phase)
-      : "memory");
-}
-
 // A warp's reader of links: from the kernel's arguments, where a first read is slow, one link ahead.
 struct LinkReader {
   const Chain& a;
@@ -99,12 +90,9 @@ __device__ inline void stream_weights(const Chain& a, ChainLink* here, uint32_t 
         const int count = min(kChainGroup, rows);
         for (int byte = 0; byte < row_bytes; byte += chunk) {
           const int bytes = min(chunk, row_bytes - byte);
-          ring_wait(empty + 8 * at.slot, at.phase ^ 1);
-          if (issued++ >= kChainFlight) ring_wait(full + 8 * behind.slot, behind.phase), behind.advance(slots);
-          if (lane == 0)
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full + 8 * at.slot),
-                         "r"(bytes * count)
-                         : "memory");
+          barrier_wait(empty + 8 * at.slot, at.phase ^ 1);
+          if (issued++ >= kChainFlight) barrier_wait(full + 8 * behind.slot, behind.phase), behind.advance(slots);
+          if (lane == 0) barrier_expect(full + 8 * at.slot, bytes * count);
           __syncwarp();
           if (lane < count)
             asm volatile(
@@ -344,13 +332,13 @@ struct Taker {
       for (int from = 0; from < pieces; from += chunk) {
         const int n = pieces - from;
         const uint32_t w = w_lane + at.slot * kChainSlot, x = x_lane + from * kChainPiece * kWide;
-        ring_wait(full + 8 * at.slot, at.phase);
+        barrier_wait(full + 8 * at.slot, at.phase);
         if (n >= kChainTurns * kChainWarps)
           multiply_chunk<kW, true>(sum, w, x, 0);
         else
           multiply_chunk<kW, false>(sum, w, x, n - warp);
         __syncwarp();
-        if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * at.slot) : "memory");
+        if (lane == 0) barrier_arrive(empty + 8 * at.slot);
         at.advance(slots);
       }
       if (t < R) mine[groups * stride] = sum[0][0] + sum[1][0] + (sum[0][3] + sum[1][3]);
@@ -380,7 +368,6 @@ struct FoundGates {
     sum = dot2(widen<kW>(w.x, 1), x.y, dot2(widen<kW>(w.x, 0), x.x, sum));
     return dot2(widen<kW>(w.y, 1), x.w, dot2(widen<kW>(w.y, 0), x.z, sum));
   }
-  __device__ void load() {}
   template <class Sync>
   __device__ void find(Sync sync) {
     static_assert(kChainTakers == 2 * kGateWidth);
@@ -463,10 +450,10 @@ static __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __
   if (tid < 32) reader.load(0), reader.store(read_link(0)), reader.load(1);
   if (tid == 0) {
     for (int i = 0; i < a.slots; ++i) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * i) : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * i), "n"(kChainWarps) : "memory");
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, kChainWarps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_made();
   }
   __syncthreads();
   if (tid >= kChainTakers) return stream_weights(a, &read_link(3), ring, full, empty);
@@ -479,9 +466,8 @@ static __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __
     if (tid < 32) reader.store(read_link((i + 1) % 3)), reader.load(i + 2);
     const auto wait = [&] {
       if (tid == 0 && i > 0) {
-        unsigned arrived;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(arrived_at) : "memory");
-        while (arrived < unsigned(i * blocks));
+        while (load_acquired(arrived_at) < unsigned(i * blocks)) {
+        }
       }
       chain_sync();
     };
@@ -489,7 +475,7 @@ static __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __
       chain_sync();
       if (tid == 0) {
         if (i + 1 < links) {
-          asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived_at) : "memory");
+          add_released(arrived_at, 1);
         } else {
           __threadfence();
           if (atomicAdd(arrived_at, 1u) == unsigned(links * blocks - 1)) *arrived_at = 0;  // for the next launch

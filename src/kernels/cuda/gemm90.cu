@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 1) product(const __grid_constant__ A
       init_barrier(full + s, 1);
       init_barrier(empty + s, kCluster * kConsumers);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_made();
   }
   cluster_sync();
 

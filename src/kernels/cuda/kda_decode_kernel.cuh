@@ -49,18 +49,18 @@ struct ConvChannel {
 struct StoredGates {
   const KdaDecodeArgs& a;
   int64_t n, h;
-  __device__ void load() {}
   template <class Sync>
   __device__ void find(Sync) {}
   __device__ float f(int channel) const { return __bfloat162float(__ldcg(a.f + (n * a.H + h) * a.K + channel)); }
   __device__ float g(int channel) const { return __bfloat162float(__ldcg(a.g + (n * a.H + h) * a.V + channel)); }
 };
 
-// Head h of sequence n, of which this block of kThreads takes a share: kShare blocks of a cluster have one head together.
-// A thread holds kDepth rows' pieces: 8 lanes to a row. What was computed before is read past the first-level cache, for
-// a block that lives longer than one step (chain_kernel). sync: a barrier of the kThreads; all of them call wait, which
-// returns when what this step takes is there, and done, when y is written. kAhead: nothing before wait writes slots,
-// states or windows, so they are read before it, and written after done. gates: StoredGates, or what finds f and g here.
+// Head h of sequence n, of which this block of kThreads takes a share: kShare blocks of a cluster have one head
+// together. A thread holds kDepth rows' pieces: 8 lanes to a row. What was computed before is read past the first-level
+// cache, for a block that lives longer than one step (chain_kernel). sync: a barrier of the kThreads; all of them call
+// wait, which returns when what this step takes is there, and done, when y is written. kAhead: nothing before wait
+// writes slots, states or windows, so they are read before it, and written after done. gates: StoredGates, or what
+// finds f and g here.
 template <int K, int V, int kShare, int kThreads, bool kAhead, class Gates, class Sync, class Wait, class Done>
 __device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, int share, Gates gates, Sync sync,
                                 Wait wait, Done done) {
@@ -119,7 +119,6 @@ __device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, in
   if (takes_q) cq.load_past(a, in, channels, h * K + tid);
   if (takes_k) ck.load_past(a, in, channels, (H + h) * K + kc);
   if (takes_v) cv.load_past(a, in, channels, 2 * H * K + vc), gb = a.g_bias[vc], ow = a.o_norm[share * kRows + tid];
-  gates.load();
   if constexpr (kAhead) wait();
   if (takes_q) cq.load_new(a.q + (n * H + h) * K + tid);
   if (takes_k) ck.load_new(a.k + (n * H + h) * K + kc);

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kManyThreads, 1) kda_decode_many_kernel(const 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kRing; ++s) init_barrier(full + s, 1), init_barrier(empty + s, 1);
     for (int s = 0; s < 2; ++s) init_barrier(ready + s, 4), init_barrier(done + s, 8);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_made();
   }
   __syncthreads();
   const int64_t H = a.H, channels = 3 * H * K;

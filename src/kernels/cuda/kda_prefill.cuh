@@ -8,6 +8,9 @@
 #include <cstdint>
 
 #include "kernels/kda.h"
+#ifdef __CUDACC__
+#include "kernels/cuda/async.cuh"
+#endif
 
 namespace kda::cuda::prefill {
 
@@ -75,8 +78,6 @@ __device__ inline int tile_at(int r, int u) { return (u >> 3) * 8192 + r * 128 +
 
 // In the P tile: unit u (0 or 1) of row r < 32 that no product reads.
 __device__ inline int spare_at(int r, int u) { return tile_at(r, 4 + u); }
-
-__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // Four 8 x 8 matrices of 16-bit elements; each lane gives the address of one row of 16 bytes.
 __device__ inline void ldmatrix(uint32_t (&r)[4], uint32_t address) {

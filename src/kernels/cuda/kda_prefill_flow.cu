@@ -23,20 +23,8 @@ constexpr int flow_shared() {
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ inline uint32_t load_acquire(const uint32_t* p) {
-  uint32_t x;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
-  return x;
-}
-__device__ inline void store_release(uint32_t* p, uint32_t x) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
-}
-
 // What ordinary stores of any block wrote, before bulk copies read it.
 __device__ inline void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
-__device__ inline void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
 __device__ inline bool barrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
@@ -45,9 +33,6 @@ __device__ inline bool barrier_test(uint32_t barrier, uint32_t parity) {
       : "r"(barrier), "r"(parity)
       : "memory");
   return done;
-}
-__device__ inline void barrier_init(uint32_t barrier, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 // The chunks of a pack in order, those of sequences without tokens left out.
@@ -93,7 +78,7 @@ __device__ inline void wait_for_place(const Args& a, const Flow& flow, int64_t s
   int64_t before = slot - flow.ring;
   while (before >= 0 && !has_tokens(a, before)) before -= flow.ring;
   for (int rows = 0; rows < a.V / 64; ++rows)
-    while (before >= 0 && int64_t(load_acquire(flow.progress + rows * a.H + h)) <= before) __nanosleep(64);
+    while (before >= 0 && int64_t(load_acquired(flow.progress + rows * a.H + h)) <= before) __nanosleep(64);
 }
 
 // The thread that brings records.
@@ -107,17 +92,17 @@ __device__ __forceinline__ void bring(const Args& a, const Flow& flow, const int
   Cursor behind(a);  // the first chunk that is not through, of that number:
   int through = 0, i = 0;
   Place place;
-  store_release(progress, uint32_t(behind.slot()));
+  store_released(progress, uint32_t(behind.slot()));
   for (Cursor at(a); at.more; at.next(), ++i) {
     const int s = i & 1;
     place.go_to(at.slot(), uint32_t(flow.ring));
     const uint32_t* const ready = flow.ready + int64_t(place.at) * a.H + h;
     // Whoever fills this place may wait for what lies there to be read, so that is told all the time.
     for (bool filled = false; !filled || through < i - 1;) {
-      if (!filled) filled = load_acquire(ready) == place.generation;
+      if (!filled) filled = load_acquired(ready) == place.generation;
       if (through < i && barrier_test(barriers + 16 + 8 * (through & 1), uint32_t(through >> 1) & 1)) {
         ++through, behind.next();
-        store_release(progress, uint32_t(behind.slot()));
+        store_released(progress, uint32_t(behind.slot()));
       }
     }
     fence_async();
@@ -286,9 +271,9 @@ __global__ void __launch_bounds__(kThreads, 2) flow_kernel(const Args a, const F
     const bool first = atomicAdd(of_sm, 1u) == 0;
     if (first) {
       role = atomicAdd(flow.chain_ticket, 1u);
-      store_release(of_sm + 1, role + 1);
+      store_released(of_sm + 1, role + 1);
     } else {
-      while ((role = load_acquire(of_sm + 1)) == 0) {
+      while ((role = load_acquired(of_sm + 1)) == 0) {
       }
       role = int(role) <= flow.alone ? ~0u - 1 : ~0u - 2;  // nothing at all; chunks
     }
@@ -303,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 2) flow_kernel(const Args a, const F
     const uint32_t base = shared_address(shared), barriers = base + 2 * FlowStage<K>::bytes;
     if (tid == 0) {
       for (int s = 0; s < 2; ++s) barrier_init(barriers + 8 * s, 1), barrier_init(barriers + 16 + 8 * s, 4);
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      barriers_made();
     }
     __syncthreads();
     if (tid >= 128) {
@@ -338,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 2) flow_kernel(const Args a, const F
       fence_async();
     }
     __syncthreads();
-    if (some && tid == 0) store_release(flow.ready + place * a.H + h, uint32_t(slot / flow.ring) + 1);
+    if (some && tid == 0) store_released(flow.ready + place * a.H + h, uint32_t(slot / flow.ring) + 1);
   }
 #endif
 }

@@ -1,31 +1,10 @@
-// kernels/cuda/kda_prefill_group.cuh — what the kernels that go from chunk to chunk share on sm_90: bulk copies with
-// their barriers, products by a warpgroup, and powers of two.
+// kernels/cuda/kda_prefill_group.cuh — what the kernels that go from chunk to chunk share: products by a warpgroup
+// (sm_90a), and powers of two.
 #pragma once
 #include "kernels/cuda/kda_prefill.cuh"
 
 #ifdef __CUDACC__
 namespace kda::cuda::prefill {
-
-#if __CUDA_ARCH__ >= 900
-__device__ inline void barrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::
-          "r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-__device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-#endif
 
 __device__ inline uint32_t transposed(uint32_t x) {
   uint32_t y;

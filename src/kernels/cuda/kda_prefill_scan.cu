@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 #if __CUDA_ARCH__ >= 900
   __shared__ __align__(8) uint64_t barriers[4];
   if (tid == 0) {
-    for (int s = 0; s < stages; ++s) barrier_init(shared_address(barriers + s));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int s = 0; s < stages; ++s) barrier_init(shared_address(barriers + s), 1);
+    barriers_made();
   }
   __syncthreads();
 #endif

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(Shape<kN, kGroups>::kThreads, 1) skinny_kernel
       init_barrier(full + s, 1);
       init_barrier(empty + s, 4 * kGroups);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_made();
   }
   __syncthreads();
   const int split = int(blockIdx.x) % a.splits, stride = int(gridDim.x) / a.splits;

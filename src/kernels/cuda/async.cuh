@@ -46,6 +46,18 @@ __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
 __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// A warp's arrival: what its lanes read before is read. racecheck sees only what each thread orders itself: built with
+// -DKDA_EVERY_THREAD_ARRIVES, all lanes arrive (docs/CUDA.md).
+#ifdef KDA_EVERY_THREAD_ARRIVES
+inline constexpr int kWarpArrivals = 32;
+__device__ inline void warp_arrive(uint32_t barrier) { barrier_arrive(barrier); }
+#else
+inline constexpr int kWarpArrivals = 1;
+__device__ inline void warp_arrive(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+#endif
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t phase) {
   asm volatile(
       "{ .reg .pred done;\n"

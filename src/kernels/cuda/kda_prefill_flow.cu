@@ -246,8 +246,7 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
         out[j][0] = bf16_bits(x[0] * by, x[1] * by), out[j][1] = bf16_bits(x[2] * by, x[3] * by);
       }
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(barriers + 16 + 8 * s);
+    warp_arrive(barriers + 16 + 8 * s);
     if (mark < a.marks_n && a.marks[mark].sequence == at.n && a.marks[mark].tokens == (at.chunk + 1) * kChunk)
       store(a.marks[mark++].slot);
     if (at.chunk + 1 == at.chunks) store(a.out[at.n]);
@@ -287,7 +286,8 @@ __global__ void __launch_bounds__(kThreads, 2) flow_kernel(const Args a, const F
     const int h = int(role) % a.H, rows = int(role) / a.H;
     const uint32_t base = shared_address(shared), barriers = base + 2 * FlowStage<K>::bytes;
     if (tid == 0) {
-      for (int s = 0; s < 2; ++s) barrier_init(barriers + 8 * s, 1), barrier_init(barriers + 16 + 8 * s, 4);
+      for (int s = 0; s < 2; ++s)
+        barrier_init(barriers + 8 * s, 1), barrier_init(barriers + 16 + 8 * s, 4 * kWarpArrivals);
       barriers_made();
     }
     __syncthreads();

@@ -50,6 +50,19 @@ struct Prompt {
   }
 };
 
+// Tokens from .. to-1 get the key of the first of them, `spread` of their own added, and one gate logit and beta.
+void repeat_keys(Prompt& p, int64_t from, int64_t to, float gate, float beta = 2, float spread = 0) {
+  const int64_t D = p.H * p.K;
+  p.gate.beta_scale = 2;
+  const std::vector<float> own = p.k;
+  for (int64_t i = from * D; i < to * D; ++i) {
+    p.k[size_t(i)] = float(bf16(own[size_t(from * D + i % D)] + spread * own[size_t(i)]));
+    p.f[size_t(i)] = gate;
+  }
+  for (int64_t i = from * p.H; i < to * p.H; ++i)
+    p.b[size_t(i)] = float(bf16(beta == 2 ? 40.0f : std::log(beta / (2 - beta))));
+}
+
 struct Call {
   Context& ctx;
   const Prompt& p;
@@ -282,12 +295,12 @@ TEST(CudaKdaPrefill, SabotageIsNoticed) {
   EXPECT_GT(relative_l2(run(ctx, late).o, want.first), 1e-2);
 }
 
-// Keys that come back while nothing is forgotten: with beta near 2 each token reflects the state, and what is wrong
-// once in the same way with every token adds up over all of them. Rounding k to fp16 may change its length by 2^-12 /
-// sqrt(K) x sqrt(2) = 3e-5; left in, 1000 reflections would make 3e-2 of it. Independent roundings of u and S, 1.4e-4
-// each, of which u is up to 8 times the state's part for one token, grow with the root of the number of tokens like the
-// state itself: 3e-3 a chunk, and sqrt(1000 / 64) chunks of them: 1.2e-2 at most.
-TEST(CudaKdaPrefill, KeysThatComeBackWithNothingForgotten) {
+// Keys that come back while little is forgotten: with beta near 2 each token reflects the state, and what is wrong once
+// in the same way with every token adds up over all of them. Such chunks are taken token by token in fp32, so the
+// bounds are those of everything else. Just below the limit, where X's rows have a mean square of 8, products remain:
+// roundings of u, 1.4e-4 each, are sqrt(8) times as large beside what a chunk adds, and grow with the root of the
+// number of chunks.
+TEST(CudaKdaPrefill, KeysThatComeBackWithLittleForgotten) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
   const float never = -60;
@@ -295,24 +308,25 @@ TEST(CudaKdaPrefill, KeysThatComeBackWithNothingForgotten) {
     const char* name;
     float beta, gate, spread;
     int64_t T;
-    double limit;
-  } const cases[] = {{"equal keys", 2, never, 0, 200, 6e-3},
-                     {"equal keys, long", 2, never, 0, 1000, 1.2e-2},
-                     {"beta 1.9", 1.9f, never, 0, 256, 6e-3},
-                     {"beta 1.5", 1.5f, never, 0, 256, 4e-3},
-                     {"beta 1", 1, never, 0, 256, 3e-3},
-                     {"nearly equal keys", 2, never, 0.03f, 256, 8e-3},
-                     {"keys of their own", 2, never, 9, 256, 4e-3},
-                     {"some decay", 2, -6, 0, 256, 1.2e-2}};
-  for (const auto& c : cases) {
-    Prompt p(cat("cuda/again", c.name), {c.T}, 2, 128, 128);
-    p.gate.beta_scale = 2;
-    const std::vector<float> own = p.k;
-    for (size_t i = 0; i < p.k.size(); ++i) p.k[i] = float(bf16(own[i % 256] + c.spread * own[i]));
-    for (float& x : p.f) x = c.gate;
-    for (float& x : p.b) x = float(bf16(c.beta == 2 ? 40.0f : std::log(c.beta / (2 - c.beta))));
-    expect_answer(expected(p), run(ctx, p), c.name, c.limit, c.limit);
-  }
+    double output = kOutput, state = kState;
+  } const cases[] = {{"equal keys", 2, never, 0, 200},
+                     {"equal keys, long", 2, never, 0, 1000},
+                     {"equal keys, very weak decay", 2, -10, 0, 1000},
+                     {"beta 1.9", 1.9f, never, 0, 256},
+                     {"beta 1.5", 1.5f, never, 0, 256, 4e-3, 4e-3},
+                     {"beta 1", 1, never, 0, 256},
+                     {"nearly equal keys", 2, never, 0.03f, 256},
+                     {"similar keys", 2, never, 0.5f, 1000, 4e-3, 4e-3},
+                     {"keys of their own", 2, never, 9, 256, 4e-3, 4e-3},
+                     {"some decay", 2, -6, 0, 256},
+                     {"equal keys for a while", 2, -10, 0, 1016}};  // the last chunk has 56 tokens
+  for (const auto& c : cases)
+    for (const auto& [K, V] : {std::pair<int64_t, int64_t>{128, 128}, {64, 128}}) {
+      if (K == 64 && c.spread > 0) continue;
+      Prompt p(cat("cuda/again", c.name), {c.T}, 2, K, V);
+      repeat_keys(p, 0, c.T, c.gate, c.beta, c.spread);
+      expect_answer(expected(p), run(ctx, p), cat(c.name, " K", K), c.state, c.output);
+    }
 }
 
 #ifdef KDA_CUDA
@@ -320,10 +334,12 @@ TEST(CudaKdaPrefill, EveryFormAgrees) {
   KDA_NEEDS_CUDA();
   CudaContext ctx(size_t(256) << 20);
   const bool flows = cuda::prefill_device(ctx).flows;
-  for (const Gate kind : {Gate::ordinary, Gate::weak, Gate::mixed}) {
+  for (const auto& [kind, again] :
+       {std::pair{Gate::ordinary, false}, {Gate::weak, false}, {Gate::mixed, false}, {Gate::weak, true}}) {
     Prompt p(cat("cuda/forms", int(kind)), {300, 0, 65, 500}, 2, 128, 128, kind, 8);
     p.pack.in = {0, 1, -1, 3};
     p.marks = {{0, 64, 4}, {0, 256, 5}, {3, 192, 6}, {3, 448, 7}};
+    if (again) repeat_keys(p, 70, 270, -10), repeat_keys(p, 300, 560, -10);  // of both kinds of chunks, marks in both
     const auto want = expected(p);
     for (const int segments : {1, 2, 3, 7})
       for (const int64_t pass_chunks : {1, 3, 8, 100}) {
@@ -342,7 +358,7 @@ TEST(CudaKdaPrefill, EveryFormAgrees) {
       }
     Call r(ctx, p);
     cuda::kda_prefill_as(ctx, r.args, {});
-    expect_answer(want, r.answer(), "token by token", kGeneralState);
+    expect_answer(want, r.answer(), "token by token", again ? 10 * kGeneralState : kGeneralState);
   }
 }
 
@@ -351,7 +367,8 @@ TEST(CudaKdaPrefill, EveryFormInSmall) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
   for (const auto& [K, V] : {std::pair<int64_t, int64_t>{128, 128}, {64, 64}}) {
-    const Prompt p(cat("cuda/small", K), {70, 0, 20}, 1, K, V, Gate::weak);
+    Prompt p(cat("cuda/small", K), {70, 0, 20}, 1, K, V, Gate::weak);
+    repeat_keys(p, 70, 90, -10);  // the last chunk token by token
     const auto want = expected(p);
     std::vector<cuda::PrefillPlan> plans = {
         {}, {.chunked = true, .pass_chunks = 1}, {.chunked = true, .pass_chunks = 5, .segments = 2}};

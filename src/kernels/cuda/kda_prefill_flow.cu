@@ -160,6 +160,22 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
     const uint64_t tiles = tile(base + s * G::bytes);
     barrier_wait(barriers + 8 * s, uint32_t(i >> 1) & 1);
     place.go_to(at.slot(), uint32_t(flow.ring));
+    const auto after = [&] {
+      warp_arrive(barriers + 16 + 8 * s);
+      if (mark < a.marks_n && a.marks[mark].sequence == at.n && a.marks[mark].tokens == (at.chunk + 1) * kChunk)
+        store(a.marks[mark++].slot);
+      if (at.chunk + 1 == at.chunks) store(a.out[at.n]);
+    };
+    if (__any_sync(~0u, *reinterpret_cast<const uint32_t*>(buffer + G::p + spare_at(2, 1)))) {
+      write_o();
+      left = 0;
+      take_tokens<K, true>(S, a, reinterpret_cast<const float*>(buffer + G::w),
+                           reinterpret_cast<const float*>(buffer + G::p + (TokenRecord<K>::in_p - R::p)),
+                           at.start + at.chunk * kChunk, int(min(int64_t(kChunk), at.tokens - at.chunk * kChunk)), h,
+                           row0, true, power);
+      after();
+      continue;
+    }
     uint4 u0[4];
     {
       const uint4* const from =
@@ -200,7 +216,7 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
       group_mma32(o[1], x, tiles + tile_step(G::q + 32 * 128, step), step > 0);
     }
     group_commit();
-    if (i > 0) write_o();  // while those run
+    write_o();  // while those run
     to_o = a.o + ((at.start + at.chunk * kChunk + g) * H + h) * V + row0 + 2 * tq;
     left = int(min(int64_t(kChunk), at.tokens - at.chunk * kChunk)) - g;
     group_wait<1>(u);
@@ -246,12 +262,9 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
         out[j][0] = bf16_bits(x[0] * by, x[1] * by), out[j][1] = bf16_bits(x[2] * by, x[3] * by);
       }
     }
-    warp_arrive(barriers + 16 + 8 * s);
-    if (mark < a.marks_n && a.marks[mark].sequence == at.n && a.marks[mark].tokens == (at.chunk + 1) * kChunk)
-      store(a.marks[mark++].slot);
-    if (at.chunk + 1 == at.chunks) store(a.out[at.n]);
+    after();
   }
-  if (i > 0) write_o();
+  write_o();
   hand_on(a.N);
 }
 #endif

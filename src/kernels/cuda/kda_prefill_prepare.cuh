@@ -2,6 +2,7 @@
 // scores, the triangular solve. By one block for each chunk and head.
 #pragma once
 #include "kernels/cuda/kda_prefill_parts.cuh"
+#include "kernels/cuda/kda_prefill_tokens.cuh"
 
 #ifdef __CUDACC__
 namespace kda::cuda::prefill {
@@ -391,6 +392,7 @@ __device__ __forceinline__ void prepare_chunk(const Args& a, char* const shared,
   }
   __syncthreads();
   // T = X diag(beta), in two fp16 for the keys and two bf16 for v. Up to the end of each square of 16 on the diagonal.
+  float squares = 0;  // of X
   for (int i = tid; i < 320; i += kThreads) {
     const int m = i < 128   ? 3
                   : i < 224 ? 2
@@ -403,6 +405,8 @@ __device__ __forceinline__ void prepare_chunk(const Args& a, char* const shared,
     const int r = 16 * m + (at_unit & 15), u = at_unit >> 4;
     const float4 x0 = *reinterpret_cast<const float4*>(X + at_f(r, 8 * u)),
                  x1 = *reinterpret_cast<const float4*>(X + at_f(r, 8 * u + 4));
+    squares += x0.x * x0.x + x0.y * x0.y + x0.z * x0.z + x0.w * x0.w;
+    squares += x1.x * x1.x + x1.y * x1.y + x1.z * x1.z + x1.w * x1.w;
     const float4 b0 = *reinterpret_cast<const float4*>(&beta(8 * u)),
                  b1 = *reinterpret_cast<const float4*>(&beta(8 * u + 4));
     const float y[8] = {x0.x * b0.x, x0.y * b0.y, x0.z * b0.z, x0.w * b0.w,
@@ -424,8 +428,22 @@ __device__ __forceinline__ void prepare_chunk(const Args& a, char* const shared,
     *reinterpret_cast<uint4*>(shared + M::T_high + at64(r, u)) = make_uint4(high[0], high[1], high[2], high[3]);
     *reinterpret_cast<uint4*>(shared + M::T_low + at64(r, u)) = make_uint4(low[0], low[1], low[2], low[3]);
   }
+#pragma unroll
+  for (int m = 16; m; m /= 2) squares += shuffled(squares, m);
+  if (lane == 0) L[at_f(w, 64)] = squares;  // behind a row
   copy_async_wait<0>();
   __syncthreads();
+#pragma unroll
+  for (int i = 1; i < 8; ++i) squares = i == 1 ? L[at_f(0, 64)] + L[at_f(1, 64)] : squares + L[at_f(i, 64)];
+  const bool large = squares - 64 > kLargeInverse * float(count);  // not where it is a NaN
+  if (tid == 0) {
+    *reinterpret_cast<uint32_t*>(record + TokenRecord<K>::flag_in_e) = large;
+    *reinterpret_cast<uint32_t*>(record + TokenRecord<K>::flag_in_p()) = large;
+  }
+  if (large) {
+    write_tokens<K>(a, token0, count, h, record);
+    return;
+  }
 
   // ---- W = -T K^: 32 channels and two of the four tiles of 16 tokens for each warp
   const uint32_t keys_base = shared_address(keys);

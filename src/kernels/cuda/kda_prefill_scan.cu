@@ -4,6 +4,7 @@
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/kda_prefill.cuh"
 #include "kernels/cuda/kda_prefill_group.cuh"
+#include "kernels/cuda/kda_prefill_tokens.cuh"
 
 namespace kda::cuda::prefill {
 namespace {
@@ -133,8 +134,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
   const float root = rsqrtf(float(K));
   float o[8][4] = {};       // O / s of a chunk times `power`, transposed: rows of v, columns of tokens
   uint32_t out[8][2] = {};  // o of the chunk before, not yet written
-  const auto write_o = [&](int i) {
-    const int64_t t = (from + i) * kChunk;
+  int unwritten = -1;
+  const auto write_o = [&] {
+    if (unwritten < 0) return;
+    const int64_t t = (from + unwritten) * kChunk;
     write_rows(a.o + ((token_start + t + g) * H + h) * V + row0 + 2 * tq, out, 8 * int64_t(H) * V,
                int(min(int64_t(kChunk), tokens - t)) - g);
   };
@@ -153,6 +156,24 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 #endif
     const char* const buffer = shared + s * G::bytes;
     const uint32_t buffer_address = base + s * G::bytes;
+    const auto after = [&] {
+      if constexpr (!summary)
+        if (mark < a.marks_n && a.marks[mark].sequence == n && a.marks[mark].tokens == (from + i + 1) * kChunk) {
+          store(a.state + (int64_t(a.marks[mark].slot) * H + h) * V * K);
+          ++mark;
+        }
+      __syncthreads();
+    };
+    if (__any_sync(~0u, *reinterpret_cast<const uint32_t*>(buffer + TokenRecord<K>::flag_in_e))) {
+      if (!summary) write_o();
+      unwritten = -1;
+      const int64_t t = (from + i) * kChunk;
+      take_tokens<K, !summary>(S, a, reinterpret_cast<const float*>(buffer + TokenRecord<K>::decays),
+                               reinterpret_cast<const float*>(buffer + TokenRecord<K>::in_e), token_start + t,
+                               int(min(int64_t(kChunk), tokens - t)), h, row0, !identity, power);
+      after();
+      continue;
+    }
 
     // ---- S as the A operand
     uint32_t A[NT][2];
@@ -217,7 +238,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
         group_mma32(late, x, tiles + tile_step(R::q + 32 * 128, step), step > 0);
       }
       group_commit();
-      if (i > 0) write_o(i - 1);  // while those run
+      write_o();  // while those run
       group_wait<1>(u);
     } else {
       group_wait<0>(u);
@@ -243,7 +264,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
     if constexpr (!summary) group_wait<0>(early), group_wait<0>(late);
     group_wait<0>(S);
 #else
-    if (!summary && i > 0) write_o(i - 1);
+    if (!summary) write_o();
 #pragma unroll
     for (int p = 0; p < K / 32; ++p) {
       uint32_t a0[4], a1[4];
@@ -287,14 +308,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 #pragma unroll
       for (int j = 0; j < 8; ++j)
         out[j][0] = bf16_bits(o[j][0] * by, o[j][1] * by), out[j][1] = bf16_bits(o[j][2] * by, o[j][3] * by);
-      if (mark < a.marks_n && a.marks[mark].sequence == n && a.marks[mark].tokens == (from + i + 1) * kChunk) {
-        store(a.state + (int64_t(a.marks[mark].slot) * H + h) * V * K);
-        ++mark;
-      }
+      unwritten = i;
     }
-    __syncthreads();
+    after();
   }
-  if (!summary && count > 0) write_o(count - 1);
+  if (!summary) write_o();
 
   if constexpr (summary) {
     store(a.summaries + ((int64_t(n - a.first) * (a.segments - 1) + segment) * H + h) * (V + K) * K);

@@ -166,16 +166,6 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
         store(a.marks[mark++].slot);
       if (at.chunk + 1 == at.chunks) store(a.out[at.n]);
     };
-    if (__any_sync(~0u, *reinterpret_cast<const uint32_t*>(buffer + G::p + spare_at(2, 1)))) {
-      write_o();
-      left = 0;
-      take_tokens<K, true>(S, a, reinterpret_cast<const float*>(buffer + G::w),
-                           reinterpret_cast<const float*>(buffer + G::p + (TokenRecord<K>::in_p - R::p)),
-                           at.start + at.chunk * kChunk, int(min(int64_t(kChunk), at.tokens - at.chunk * kChunk)), h,
-                           row0, true, power);
-      after();
-      continue;
-    }
     uint4 u0[4];
     {
       const uint4* const from =
@@ -186,7 +176,19 @@ __device__ __forceinline__ void chain(const Args& a, const Flow& flow, const int
     }
     uint32_t A[NT][2];
     const float unscale = reinterpret_cast<const float*>(buffer + G::p + spare_at(rows, 1))[w];
-    round_rows(A, S, power, unscale);
+    if (round_rows(A, S, power, unscale)) {
+      if (unscale == by_tokens()) {
+        write_o();
+        left = 0;
+        take_tokens<K, true>(S, power, a, reinterpret_cast<const float*>(buffer + G::w),
+                             reinterpret_cast<const float*>(buffer + G::p + (TokenRecord<K>::in_p - R::p)),
+                             at.start + at.chunk * kChunk, int(min(int64_t(kChunk), at.tokens - at.chunk * kChunk)), h,
+                             row0, true);
+        after();
+        continue;
+      }
+      fit_rows(A, S, power, unscale);
+    }
     const auto a_of = [&](uint32_t(&x)[4], int step) {
       x[0] = A[2 * step][0], x[1] = A[2 * step][1], x[2] = A[2 * step + 1][0], x[3] = A[2 * step + 1][1];
     };

@@ -47,40 +47,39 @@ __device__ __forceinline__ void store_rows(float* to, const float (&S)[NT][4], f
       *reinterpret_cast<float2*>(to + int64_t(g + 8 * half) * (8 * NT) + 8 * j + 2 * tq) =
           make_float2(S[j][2 * half] * by, S[j][2 * half + 1] * by);
 }
-// A: S in fp16. S holds the state times `power`, which is changed first where fp16 would not hold S, what W makes of
-// it, or U0 (at most 2^11 times `unscale`).
+// A: S in fp16. S holds the state times `power`; true where fit_rows must change that first, since fp16 would not hold
+// S, what W makes of it, or U0 (at most 2^11 times `unscale`). The same in all lanes.
 template <int NT>
-__device__ __forceinline__ void round_rows(uint32_t (&A)[NT][2], float (&S)[NT][4], float& power, float unscale) {
-  const auto rounded = [&] {
-    __half2 most = __float2half2_rn(0.0f);
+__device__ __forceinline__ bool round_rows(uint32_t (&A)[NT][2], const float (&S)[NT][4], float power, float unscale) {
+  __half2 most = __float2half2_rn(0.0f);
 #pragma unroll
-    for (int j = 0; j < NT; ++j)
+  for (int j = 0; j < NT; ++j)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        A[j][e] = half2_bits(S[j][2 * e], S[j][2 * e + 1]);
-        most = __hmax2(most, __habs2(as_half2(A[j][e])));
-      }
-    return fmaxf(__low2float(most), __high2float(most));
-  };
-  const float most = rounded(), u_most = unscale * 0x1p11f * power;
-  // |W| <= 2 in length, so |W S| <= 2 sqrt(K) max |S|: with these limits no U passes 65504.
-  if (__any_sync(~0u, most > 0x1p10f || u_most > 0x1p14f) || !__any_sync(~0u, fmaxf(most, u_most) >= 0x1p-3f)) {
-    float top = u_most;
-#pragma unroll
-    for (int j = 0; j < NT; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(S[j][e]));
-#pragma unroll
-    for (int m = 16; m; m /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
-    const float by = inverse_power(top) * 0x1p6f;
-    if (top > 0 && (by < 1 || power < 0x1p40f)) {
-      power *= by;
-#pragma unroll
-      for (int j = 0; j < NT; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) S[j][e] *= by;
-      rounded();
+    for (int e = 0; e < 2; ++e) {
+      A[j][e] = half2_bits(S[j][2 * e], S[j][2 * e + 1]);
+      most = __hmax2(most, __habs2(as_half2(A[j][e])));
     }
+  const float s_most = fmaxf(__low2float(most), __high2float(most)), u_most = unscale * 0x1p11f * power;
+  // |W| <= 2 in length, so |W S| <= 2 sqrt(K) max |S|: with these limits no U passes 65504.
+  return __any_sync(~0u, s_most > 0x1p10f || u_most > 0x1p14f) || !__any_sync(~0u, fmaxf(s_most, u_most) >= 0x1p-3f);
+}
+template <int NT>
+__device__ __forceinline__ void fit_rows(uint32_t (&A)[NT][2], float (&S)[NT][4], float& power, float unscale) {
+  float top = unscale * 0x1p11f * power;
+#pragma unroll
+  for (int j = 0; j < NT; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) top = fmaxf(top, fabsf(S[j][e]));
+#pragma unroll
+  for (int m = 16; m; m /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
+  const float by = inverse_power(top) * 0x1p6f;
+  if (top > 0 && (by < 1 || power < 0x1p40f)) {
+    power *= by;
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) S[j][e] *= by;
+    round_rows(A, S, power, unscale);
   }
 }
 // A chunk's outputs, as accumulators have them (16 values x 64 tokens), to tokens g, g + 8, .. of which `left` - g are

@@ -430,16 +430,16 @@ __device__ __forceinline__ void prepare_chunk(const Args& a, char* const shared,
   }
 #pragma unroll
   for (int m = 16; m; m /= 2) squares += shuffled(squares, m);
-  if (lane == 0) L[at_f(w, 64)] = squares;  // behind a row
+  if (lane == 0) L[at_f(w / 4, 64 + w % 4)] = squares;  // behind a row
   copy_async_wait<0>();
   __syncthreads();
-#pragma unroll
-  for (int i = 1; i < 8; ++i) squares = i == 1 ? L[at_f(0, 64)] + L[at_f(1, 64)] : squares + L[at_f(i, 64)];
-  const bool large = squares - 64 > kLargeInverse * float(count);  // not where it is a NaN
-  if (tid == 0) {
-    *reinterpret_cast<uint32_t*>(record + TokenRecord<K>::flag_in_e) = large;
-    *reinterpret_cast<uint32_t*>(record + TokenRecord<K>::flag_in_p()) = large;
+  {
+    const float4 x = *reinterpret_cast<const float4*>(L + at_f(0, 64)),
+                 y = *reinterpret_cast<const float4*>(L + at_f(1, 64));
+    squares = ((x.x + x.y) + (x.z + x.w)) + ((y.x + y.y) + (y.z + y.w));
   }
+  const bool large = squares - 64 > kLargeInverse * float(count);  // not where it is a NaN
+  if (tid == 0) *reinterpret_cast<float*>(record + TokenRecord<K>::sign) = large ? by_tokens() : 0.0f;
   if (large) {
     write_tokens<K>(a, token0, count, h, record);
     return;

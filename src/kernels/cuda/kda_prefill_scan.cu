@@ -134,13 +134,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
   const float root = rsqrtf(float(K));
   float o[8][4] = {};       // O / s of a chunk times `power`, transposed: rows of v, columns of tokens
   uint32_t out[8][2] = {};  // o of the chunk before, not yet written
-  int unwritten = -1;
-  const auto write_o = [&] {
-    if (unwritten < 0) return;
-    const int64_t t = (from + unwritten) * kChunk;
-    write_rows(a.o + ((token_start + t + g) * H + h) * V + row0 + 2 * tq, out, 8 * int64_t(H) * V,
-               int(min(int64_t(kChunk), tokens - t)) - g);
-  };
+  __nv_bfloat16* to_o = nullptr;
+  int left = 0;
+  const auto write_o = [&] { write_rows(to_o, out, 8 * int64_t(H) * V, left); };
 
   for (int i = 0; i < count; ++i) {
     const int s = i % stages;
@@ -164,21 +160,24 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
         }
       __syncthreads();
     };
-    if (__any_sync(~0u, *reinterpret_cast<const uint32_t*>(buffer + TokenRecord<K>::flag_in_e))) {
-      if (!summary) write_o();
-      unwritten = -1;
-      const int64_t t = (from + i) * kChunk;
-      take_tokens<K, !summary>(S, a, reinterpret_cast<const float*>(buffer + TokenRecord<K>::decays),
-                               reinterpret_cast<const float*>(buffer + TokenRecord<K>::in_e), token_start + t,
-                               int(min(int64_t(kChunk), tokens - t)), h, row0, !identity, power);
-      after();
-      continue;
-    }
 
     // ---- S as the A operand
     uint32_t A[NT][2];
-    const float unscale = identity ? 0.0f : reinterpret_cast<const float*>(buffer + G::scale)[w];
-    round_rows(A, S, power, unscale);
+    const float unscale =
+        *reinterpret_cast<const float*>(buffer + (identity ? TokenRecord<K>::sign : G::scale + 4 * w));
+    if (round_rows(A, S, power, unscale)) {
+      if (unscale == by_tokens()) {
+        if (!summary) write_o();
+        left = 0;
+        const int64_t t = (from + i) * kChunk;
+        take_tokens<K, !summary>(S, power, a, reinterpret_cast<const float*>(buffer + TokenRecord<K>::decays),
+                                 reinterpret_cast<const float*>(buffer + TokenRecord<K>::in_e), token_start + t,
+                                 int(min(int64_t(kChunk), tokens - t)), h, row0, !identity);
+        after();
+        continue;
+      }
+      fit_rows(A, S, power, unscale);
+    }
     const auto a_of = [&](uint32_t(&x)[4], int step) {
       x[0] = A[2 * step][0], x[1] = A[2 * step][1], x[2] = A[2 * step + 1][0], x[3] = A[2 * step + 1][1];
     };
@@ -308,7 +307,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1) scan_kernel(const Args a, cons
 #pragma unroll
       for (int j = 0; j < 8; ++j)
         out[j][0] = bf16_bits(o[j][0] * by, o[j][1] * by), out[j][1] = bf16_bits(o[j][2] * by, o[j][3] * by);
-      unwritten = i;
+      const int64_t t = (from + i) * kChunk;
+      to_o = a.o + ((token_start + t + g) * H + h) * V + row0 + 2 * tq;
+      left = int(min(int64_t(kChunk), tokens - t)) - g;
     }
     after();
   }

@@ -55,7 +55,8 @@ struct Flow {
 inline constexpr int kFlowSms = 1024;
 
 // What the first phase leaves of one chunk and head for the second: bytes of each part. The matrices are tiles of 64
-// fp16 columns, rows of 128 bytes, units of 16 bytes at unit ^ (row & 7): what wgmma calls the 128-byte swizzle.
+// fp16 columns, rows of 128 bytes, units of 16 bytes at unit ^ (row & 7): what wgmma calls the 128-byte swizzle. Of a
+// chunk that is taken token by token, what kda_prefill_tokens.cuh says.
 //   W   -T K^, [token][K]
 //   K'  [token][K]
 //   E   [K] the chunk's whole decay                                                           f32

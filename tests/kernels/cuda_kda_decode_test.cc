@@ -1,5 +1,8 @@
 // The CUDA body of kda_decode.
 #include "kernels/kda_decode.h"
+
+#include <functional>
+
 #include "tests/cuda.h"
 #include "tests/ref/kda.h"
 
@@ -38,9 +41,46 @@ struct State {
   bool operator==(const State&) const = default;
 };
 
-// Row t of the layer's tokens for each t of `tokens`, as one decode step.
+// What writes zeros over the first 64 slots at `slots` as the kernels do it: a step whose y that is. A step after it
+// may begin before it has ended, and then sees the slots as they were.
+class ZeroSlots {
+ public:
+  explicit ZeroSlots(Context& ctx) : ctx_(ctx), zeros_(ctx, Dtype::f32, std::vector<float>(4 * K)), none_(ctx, {-1}) {}
+  void operator()(int32_t* slots) const {
+    const auto x = [&](int64_t n) { return View{zeros_.view({1}).data, Dtype::bf16, {1, n}}; };
+    const auto w = [&](Shape s) { return zeros_.view(s); };
+    kda_decode(ctx_, {.q = x(K),
+                      .k = x(K),
+                      .v = x(K),
+                      .f = x(K),
+                      .b = x(1),
+                      .g = x(K),
+                      .q_conv = w({K, 4}),
+                      .k_conv = w({K, 4}),
+                      .v_conv = w({K, 4}),
+                      .A_log = w({1}),
+                      .dt_bias = w({K}),
+                      .g_bias = w({K}),
+                      .o_norm = w({K}),
+                      .gate = {},
+                      .eps = 1e-5f,
+                      .window = View{zeros_.view({1}).data, Dtype::bf16, {1, 3, 3 * K}},  // not touched, as the state
+                      .state = w({1, 1, K, K}),
+                      .slots = {none_.data(), none_.data()},
+                      .y = {slots, Dtype::bf16, {1, K}}});
+  }
+
+ private:
+  static constexpr int64_t K = 128;
+  Context& ctx_;
+  TypedBuffer zeros_;
+  DeviceArray<int32_t> none_;
+};
+
+// Row t of the layer's tokens for each t of `tokens`, as one decode step. before: launched on `in` right before it.
 std::vector<float> step(Context& ctx, const Layer& l, const std::vector<int64_t>& tokens,
-                        const std::vector<int32_t>& in, const std::vector<int32_t>& out, State& s) {
+                        const std::vector<int32_t>& in, const std::vector<int32_t>& out, State& s,
+                        const std::function<void(int32_t*)>& before = {}) {
   const int64_t N = int64_t(tokens.size()), HK = l.H * l.K, HV = l.H * l.V;
   const auto rows = [&](const std::vector<float>& x, int64_t D) {
     std::vector<float> y;
@@ -52,6 +92,7 @@ std::vector<float> step(Context& ctx, const Layer& l, const std::vector<int64_t>
   Buffer qc(ctx, l.q_conv), kc(ctx, l.k_conv), vc(ctx, l.v_conv), A(ctx, l.A), bias(ctx, l.bias), gb(ctx, l.g_bias),
       on(ctx, l.o_norm), S(ctx, s.S);
   const DeviceArray<int32_t> from(ctx, in), to(ctx, out);
+  if (before) before(from.data());
   kda_decode(ctx, {.q = q.view({N, HK}),
                    .k = k.view({N, HK}),
                    .v = v.view({N, HV}),
@@ -178,7 +219,8 @@ TEST(CudaKdaDecode, ExtremeGates) {
 TEST(CudaKdaDecode, ASequenceIsTheSameInAnyBatchInAnySlot) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
-  for (const auto& [K, V, H, N] : {std::array<int64_t, 4>{128, 128, 20, 5},
+  for (const auto& [K, V, H, N] : {std::array<int64_t, 4>{128, 128, 20, 3},
+                                   {128, 128, 20, 5},
                                    {128, 128, 20, 9},
                                    {128, 128, 20, 15},
                                    {64, 64, 3, 4},
@@ -202,6 +244,31 @@ TEST(CudaKdaDecode, ASequenceIsTheSameInAnyBatchInAnySlot) {
     EXPECT_EQ(each, y) << K;
     EXPECT_EQ(alone, s) << K;
     EXPECT_FALSE(s == start);
+  }
+}
+
+// A step begins while the launch before it still runs; what that one writes, the slots not less than the rest, counts.
+TEST(CudaKdaDecode, SlotsAreThoseOfTheLaunchBefore) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  const ZeroSlots zero(ctx);
+  for (int64_t N : {1, 3, 5, 15}) {
+    const Layer l("decode/slots", N, 20, 128, 128);
+    const State start("decode/slots", N + 1, l);
+    std::vector<int64_t> tokens;
+    std::vector<int32_t> out;
+    for (int64_t n = 0; n < N; ++n) tokens.push_back(n), out.push_back(int32_t(n + 1));
+    const std::vector<int32_t> zeros(64);
+    State want = start;
+    const auto y = step(ctx, l, tokens, zeros, out, want);
+    for (int32_t wrong : {-1, int32_t(N), 1 << 30, -7})
+      for (int round = 0; round < 3; ++round) {
+        State s = start;
+        EXPECT_EQ(step(ctx, l, tokens, std::vector<int32_t>(64, wrong), out, s, zero), y) << N << " " << wrong;
+        EXPECT_EQ(s, want) << N << " " << wrong;
+      }
+    State other = start;
+    EXPECT_NE(step(ctx, l, tokens, std::vector<int32_t>(64, int32_t(N)), out, other), y) << "sabotage";
   }
 }
 

@@ -1,19 +1,22 @@
 // kernels/cuda/kda_decode_kernel.cuh — one token of a KDA layer: each state is read once and written once.
 //
-// A block holds `kRows` rows of one head's state in registers. The state's loads are issued first; convolutions, gates
-// and lengths are found while they are under way. Where sequences are few, the four blocks of a cluster share a head,
-// so that more multiprocessors take part; what they exchange is the sum of squares of the gated norm. Sums have one
-// order whether a head is shared or not.
+// A block holds one head's state in registers. The state's loads are issued first; convolutions and gates are found
+// while they are under way. kda_decode_few.cuh and kda_decode_many.cuh do the same for few and for many heads. What
+// all of them share is here, so that sums have one order and results the same bits.
 #pragma once
-#include <cooperative_groups.h>
-
 #include "kernels/cuda/async.cuh"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/kda_decode_args.h"
 
 namespace kda::cuda {
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// Within a unit in the last place, in one instruction; a division is ten and a branch, in the way of every gate.
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
 __device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 __device__ inline float warp_total(float v) {
   for (int m = 16; m; m >>= 1) v += __shfl_xor_sync(0xffffffffu, v, m);
@@ -27,7 +30,9 @@ __device__ inline float decay_of(const KdaGateParams& gate, float A, float z) {
 struct ConvChannel {
   __nv_bfloat16 past[4];
   __device__ void load_past(const KdaDecodeArgs& a, int64_t slot, int64_t channels, int64_t channel) {
-    const __nv_bfloat16* w = a.window + slot * 3 * channels + channel;
+    load_past(a.window + slot * 3 * channels + channel, slot, channels);
+  }
+  __device__ void load_past(const __nv_bfloat16* w, int64_t slot, int64_t channels) {
     for (int i = 0; i < 3; ++i) past[i] = slot < 0 ? __float2bfloat16(0.0f) : __ldcg(w + i * channels);
   }
   __device__ void load_new(const __nv_bfloat16* x) { past[3] = __ldcg(x); }
@@ -45,6 +50,85 @@ struct ConvChannel {
   }
 };
 
+// ---- Sums. Eight lanes have a row of the state, lane l of them the values from 4 l on of every 32; a warp has four
+// rows.
+template <int kFrom, int kTo>
+__device__ inline float lanes_total(float v) {
+#pragma unroll
+  for (int m = kFrom; m != kTo; m = kFrom > kTo ? m / 2 : m * 2) v += __shfl_xor_sync(0xffffffffu, v, m);
+  return v;
+}
+__device__ inline float row_total(float v) { return lanes_total<4, 0>(v); }         // of a row's eight lanes
+__device__ inline float four_rows_total(float v) { return lanes_total<8, 32>(v); }  // one value to a row
+__device__ inline float dot4(float4 a, float4 b, float sum) {
+  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+// Of kCount = 2^n values at a multiple of 16 bytes.
+template <int kCount>
+__device__ inline float total_of(const float* values) {
+  float s[kCount / 4];
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) {
+    const float4 v = reinterpret_cast<const float4*>(values)[i];
+    s[i] = (v.x + v.y) + (v.z + v.w);
+  }
+#pragma unroll
+  for (int n = kCount / 8; n; n /= 2)
+#pragma unroll
+    for (int i = 0; i < n; ++i) s[i] += s[i + n];
+  return s[0];
+}
+
+// One token: each S[d] an eighth of row d, from `first` on. decay, k and q [32 kPieces] lie in shared memory, k and q
+// not yet of unit length. S becomes S decay + u k^T with u = beta (value(d) - S decay k), for which keep(d, p) is
+// called as soon as S[d][p] is final; o becomes S q / sqrt(K), whole in each of the row's lanes.
+template <int kDepth, int kPieces, class Value, class Keep>
+__device__ inline void step_rows(float4 (&S)[kDepth][kPieces], const float* decay, const float* k, const float* q,
+                                 int first, float beta, Value value, Keep keep, float (&o)[kDepth]) {
+  float dot[kDepth] = {}, kk = 0, qq = 0;
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const float4 d4 = *reinterpret_cast<const float4*>(decay + p * 32 + first);
+    const float4 k4 = *reinterpret_cast<const float4*>(k + p * 32 + first);
+    kk = dot4(k4, k4, kk);
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      float4& s = S[d][p];
+      s.x *= d4.x, s.y *= d4.y, s.z *= d4.z, s.w *= d4.w;
+      dot[d] = dot4(s, k4, dot[d]);
+    }
+  }
+  const float k_scale = rsqrtf(row_total(kk) + kL2NormEps);
+  float u[kDepth];
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) u[d] = beta * (value(d) - row_total(dot[d]) * k_scale) * k_scale, o[d] = 0;
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const float4 k4 = *reinterpret_cast<const float4*>(k + p * 32 + first);
+    const float4 q4 = *reinterpret_cast<const float4*>(q + p * 32 + first);
+    qq = dot4(q4, q4, qq);
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      float4& s = S[d][p];
+      s.x = fmaf(u[d], k4.x, s.x), s.y = fmaf(u[d], k4.y, s.y), s.z = fmaf(u[d], k4.z, s.z),
+      s.w = fmaf(u[d], k4.w, s.w);
+      o[d] = dot4(s, q4, o[d]);
+      keep(d, p);
+    }
+  }
+  constexpr float kPerLength = kPieces == 4 ? 0.08838834764831845f : 0.125f;  // 1 / sqrt(K)
+  static_assert(kPieces == 4 || kPieces == 2);
+  const float q_scale = rsqrtf(row_total(qq) + kL2NormEps) * kPerLength;
+#pragma unroll
+  for (int d = 0; d < kDepth; ++d) o[d] = row_total(o[d]) * q_scale;
+}
+
+// What the gated norm multiplies each of V values by; sums: their squares', four rows each.
+template <int V>
+__device__ inline float norm_factor(const float* sums, float eps) {
+  return rsqrtf(total_of<V / 4>(sums) / float(V) + eps);
+}
+
 // f and g of a head, as they were stored.
 struct StoredGates {
   const KdaDecodeArgs& a;
@@ -55,22 +139,22 @@ struct StoredGates {
   __device__ float g(int channel) const { return __bfloat162float(__ldcg(a.g + (n * a.H + h) * a.V + channel)); }
 };
 
-// Head h of sequence n, of which this block of kThreads takes a share: kShare blocks of a cluster have one head
-// together. A thread holds kDepth rows' pieces: 8 lanes to a row. What was computed before is read past the first-level
-// cache, for a block that lives longer than one step (chain_kernel). sync: a barrier of the kThreads; all of them call
-// wait, which returns when what this step takes is there, and done, when y is written. kAhead: nothing before wait
-// writes slots, states or windows, so they are read before it, and written after done. gates: StoredGates, or what
-// finds f and g here.
+// Head h of sequence n by kThreads threads, each of which holds kDepth rows' pieces: 8 lanes to a row. What was
+// computed before is read past the first-level cache, for a block that lives longer than one step (chain_kernel). sync:
+// a barrier of the kThreads; all of them call wait, which returns when what this step takes is there, and done, when y
+// is written. kAhead: nothing before wait writes slots, states or windows, so they are read before it, and written
+// after done. gates: StoredGates, or what finds f and g here. kShare, share: 1 and 0; heads that several blocks share
+// are kda_decode_few.cuh's.
 template <int K, int V, int kShare, int kThreads, bool kAhead, class Gates, class Sync, class Wait, class Done>
-__device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, int share, Gates gates, Sync sync,
+__device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, int /*share*/, Gates gates, Sync sync,
                                 Wait wait, Done done) {
-  constexpr int kRows = V / kShare, kPass = kThreads / 8, kDepth = kRows / kPass, kPieces = K / 32;
-  static_assert(kRows % kPass == 0 && kRows % 32 == 0 && kThreads >= K && kThreads >= kRows);
-  __shared__ __align__(16) float q[K], k[K], decay[K], v[kRows], o[kRows];
-  __shared__ float q_sums[K / 32], k_sums[K / 32], o_sums[V / 32], beta_shared;
-  const int tid = threadIdx.x, lane = tid % 32;
+  constexpr int kPass = kThreads / 8, kDepth = V / kPass, kPieces = K / 32;
+  static_assert(kShare == 1 && V % kPass == 0 && kThreads >= K && kThreads >= V);
+  __shared__ __align__(16) float q[K], k[K], decay[K], v[V], o[V], sums[V / 4];
+  __shared__ float beta_shared;
+  const int tid = threadIdx.x;
   const int64_t H = a.H, channels = H * (2 * K + V);
-  const bool takes_q = tid < K, takes_v = tid < kRows;
+  const bool takes_q = tid < K, takes_v = tid < V;
   constexpr bool kBoth = kThreads < 2 * K;  // a thread has a channel of q and one of k
   const bool takes_k = kBoth ? tid < K : tid >= kThreads - K;
   const int kc = kBoth ? tid : tid - (kThreads - K);
@@ -80,22 +164,10 @@ __device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, in
   float dt = 0, A = expf(a.A_log[h]);
   if (takes_q) q_taps = reinterpret_cast<const float4*>(a.q_conv)[h * K + tid];
   if (takes_k) k_taps = reinterpret_cast<const float4*>(a.k_conv)[h * K + kc], dt = a.dt_bias[h * K + kc];
-  if (takes_v) v_taps = reinterpret_cast<const float4*>(a.v_conv)[h * V + share * kRows + tid];
-#if __CUDA_ARCH__ >= 900
-  if constexpr (kShare > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
+  if (takes_v) v_taps = reinterpret_cast<const float4*>(a.v_conv)[h * V + tid];
   const int row0 = tid / 8;
-  const int64_t piece = (h * V + share * kRows + row0) * K + (tid % 8) * 4;
+  const int64_t piece = (h * V + row0) * K + (tid % 8) * 4;
   const auto known = [&](const int32_t* p) { return int64_t(*reinterpret_cast<const volatile int32_t*>(p)); };
-#if __CUDA_ARCH__ >= 900
-  if constexpr (kShare > 1) {
-    const int64_t guess = known(a.in + n);
-    if (guess >= 0 && guess < a.slots) {
-      const float* at = a.state + guess * H * V * K + (h * V + share * kRows) * K;
-      for (int i = tid; i < kRows * K / 32; i += kThreads) prefetch_l2(at + i * 32);
-    }
-  }
-#endif
   if constexpr (!kAhead) wait();
   const int64_t in = known(a.in + n), out = known(a.out + n);
 
@@ -115,108 +187,52 @@ __device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, in
   }
   ConvChannel cq, ck, cv;
   float f = 0, b = 0, gate = 0, gb = 0, ow = 0;
-  const int64_t vc = h * V + share * kRows + tid;
+  const int64_t vc = h * V + tid;
   if (takes_q) cq.load_past(a, in, channels, h * K + tid);
   if (takes_k) ck.load_past(a, in, channels, (H + h) * K + kc);
-  if (takes_v) cv.load_past(a, in, channels, 2 * H * K + vc), gb = a.g_bias[vc], ow = a.o_norm[share * kRows + tid];
+  if (takes_v) cv.load_past(a, in, channels, 2 * H * K + vc), gb = a.g_bias[vc], ow = a.o_norm[tid];
   if constexpr (kAhead) wait();
   if (takes_q) cq.load_new(a.q + (n * H + h) * K + tid);
   if (takes_k) ck.load_new(a.k + (n * H + h) * K + kc);
   if (takes_v) cv.load_new(a.v + n * H * V + vc);
   gates.find(sync);
   if (takes_k) f = gates.f(kc);
-  if (takes_v) gate = gates.g(share * kRows + tid);
+  if (takes_v) gate = gates.g(tid);
   if (tid == 0) b = __bfloat162float(__ldcg(a.b + n * H + h));
 
-  // ---- convolutions, gates, lengths
-  if (takes_q) {
-    const float c = cq.silu(q_taps), s = warp_total(c * c);
-    q[tid] = c;
-    if (lane == 0) q_sums[tid / 32] = s;
-  }
+  // ---- convolutions, gates
+  if (takes_q) q[tid] = cq.silu(q_taps);
   if (takes_k) {
-    const float c = ck.silu(k_taps), s = warp_total(c * c);
-    k[kc] = c;
+    k[kc] = ck.silu(k_taps);
     decay[kc] = decay_of(a.gate, A, f + dt);
-    if (lane == 0) k_sums[kc / 32] = s;
   }
   if (takes_v) v[tid] = cv.silu(v_taps);
   if (tid == 0) beta_shared = a.gate.beta_scale * sigmoid(b);
+  const float y_gate = ow * sigmoid(gate + gb);
   sync();
-  float q_total = 0, k_total = 0;
-#pragma unroll
-  for (int i = 0; i < K / 32; ++i) q_total += q_sums[i], k_total += k_sums[i];
-  const float k_scale = rsqrtf(k_total + kL2NormEps), q_scale = rsqrtf(q_total + kL2NormEps) / sqrtf(float(K));
-  const float beta = beta_shared;
 
   // ---- recurrence
-  float dot[kDepth] = {};
-#pragma unroll
-  for (int p = 0; p < kPieces; ++p) {
-    const float4 d4 = *reinterpret_cast<const float4*>(decay + p * 32 + tid % 8 * 4);
-    const float4 k4 = *reinterpret_cast<const float4*>(k + p * 32 + tid % 8 * 4);
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      float4& s = S[d][p];
-      s.x *= d4.x, s.y *= d4.y, s.z *= d4.z, s.w *= d4.w;
-      dot[d] = fmaf(s.x, k4.x, dot[d]), dot[d] = fmaf(s.y, k4.y, dot[d]);
-      dot[d] = fmaf(s.z, k4.z, dot[d]), dot[d] = fmaf(s.w, k4.w, dot[d]);
-    }
-  }
-  float u[kDepth], read[kDepth] = {};
-#pragma unroll
-  for (int d = 0; d < kDepth; ++d) {
-    for (int m = 4; m; m >>= 1) dot[d] += __shfl_xor_sync(0xffffffffu, dot[d], m);
-    u[d] = beta * (v[row0 + d * kPass] - dot[d] * k_scale) * k_scale;
-  }
   float* to = a.state + (out < 0 ? 0 : out) * H * V * K + piece;
   const auto keep = [&](int d, int p) {
     if (out >= 0) __stcs(reinterpret_cast<float4*>(to + d * kPass * K + p * 32), S[d][p]);
   };
-#pragma unroll
-  for (int p = 0; p < kPieces; ++p) {
-    const float4 k4 = *reinterpret_cast<const float4*>(k + p * 32 + tid % 8 * 4);
-    const float4 q4 = *reinterpret_cast<const float4*>(q + p * 32 + tid % 8 * 4);
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      float4& s = S[d][p];
-      s.x = fmaf(u[d], k4.x, s.x), s.y = fmaf(u[d], k4.y, s.y), s.z = fmaf(u[d], k4.z, s.z),
-      s.w = fmaf(u[d], k4.w, s.w);
-      read[d] = fmaf(s.x, q4.x, read[d]), read[d] = fmaf(s.y, q4.y, read[d]);
-      read[d] = fmaf(s.z, q4.z, read[d]), read[d] = fmaf(s.w, q4.w, read[d]);
-      if constexpr (!kAhead) keep(d, p);
-    }
-  }
+  float mine[kDepth];
+  step_rows(
+      S, decay, k, q, tid % 8 * 4, beta_shared, [&](int d) { return v[row0 + d * kPass]; },
+      [&](int d, int p) {
+        if constexpr (!kAhead) keep(d, p);
+      },
+      mine);
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
-    for (int m = 4; m; m >>= 1) read[d] += __shfl_xor_sync(0xffffffffu, read[d], m);
-    if (tid % 8 == 0) o[row0 + d * kPass] = read[d] * q_scale;
+    const float sum = four_rows_total(mine[d] * mine[d]);
+    if (tid % 8 == 0) o[row0 + d * kPass] = mine[d];
+    if (tid % 32 == 0) sums[(row0 + d * kPass) / 4] = sum;
   }
   sync();
 
   // ---- gated norm
-  if (takes_v) {
-    const float mine = o[tid], sum = warp_total(mine * mine);
-    if (lane == 0) o_sums[share * (kRows / 32) + tid / 32] = sum;
-  }
-#if __CUDA_ARCH__ >= 900
-  if constexpr (kShare > 1) {
-    static_assert(kRows == 32);
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // all blocks of the cluster have begun
-    auto cluster = cooperative_groups::this_cluster();
-    sync();
-    if (tid < kShare && tid != share) *cluster.map_shared_rank(&o_sums[share], tid) = o_sums[share];
-    cluster.sync();
-  }
-#endif
-  if constexpr (kShare == 1) sync();
-  if (takes_v) {
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < V / 32; ++i) sum += o_sums[i];
-    const float y = o[tid] * (1.0f / sqrtf(sum / float(V) + a.eps)) * ow * sigmoid(gate + gb);
-    a.y[n * H * V + vc] = __float2bfloat16_rn(y);
-  }
+  if (takes_v) a.y[n * H * V + vc] = __float2bfloat16_rn(o[tid] * norm_factor<V>(sums, a.eps) * y_gate);
   done();
   if constexpr (kAhead) {
 #pragma unroll
@@ -225,18 +241,15 @@ __device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, in
       for (int d = 0; d < kDepth; ++d) keep(d, p);
   }
   if (takes_v) cv.store(a, out, channels, 2 * H * K + vc);
-  // Every block of the head has read these channels by now.
-  if (share == 0) {
-    if (takes_q) cq.store(a, out, channels, h * K + tid);
-    if (takes_k) ck.store(a, out, channels, (H + h) * K + kc);
-  }
+  if (takes_q) cq.store(a, out, channels, h * K + tid);
+  if (takes_k) ck.store(a, out, channels, (H + h) * K + kc);
 }
 
-template <int K, int V, int kShare, int kThreads>
+template <int K, int V, int kThreads>
 __global__ void __launch_bounds__(kThreads, 512 / kThreads) kda_decode_kernel(const __grid_constant__ KdaDecodeArgs a) {
-  const int64_t head = blockIdx.x / kShare;
-  kda_decode_head<K, V, kShare, kThreads, false>(
-      a, head / a.H, head % a.H, blockIdx.x % kShare, StoredGates{a, head / a.H, head % a.H}, [] { __syncthreads(); },
+  const int64_t n = blockIdx.x / a.H, h = blockIdx.x % a.H;
+  kda_decode_head<K, V, 1, kThreads, false>(
+      a, n, h, 0, StoredGates{a, n, h}, [] { __syncthreads(); },
       [] {
         release_next();
         wait_for_previous();

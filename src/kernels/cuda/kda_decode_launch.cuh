@@ -1,5 +1,6 @@
 // kernels/cuda/kda_decode_launch.cuh — picks the instance of kda_decode_kernel and launches it.
 #pragma once
+#include "kernels/cuda/kda_decode_few.cuh"
 #include "kernels/cuda/kda_decode_kernel.cuh"
 #include "kernels/cuda/matvec_launch.cuh"
 
@@ -68,25 +69,20 @@ __global__ void __launch_bounds__(256) kda_decode_any_kernel(const __grid_consta
 }
 
 template <int K, int V>
-void launch_kda_decode_as(cudaStream_t stream, bool early, int share, const KdaDecodeArgs& a) {
-  const unsigned blocks = unsigned(a.N * a.H);
-  if constexpr (K == 128 && V == 128)
-    if (share == 4)
-      return launch_on(stream, early, 4, dim3(4 * blocks), dim3(256), 0, kda_decode_kernel<K, V, 4, 256>, "kda_decode",
-                       a);
-  launch_on(stream, early, 1, dim3(blocks), dim3(256), 0, kda_decode_kernel<K, V, 1, 256>, "kda_decode", a);
+void launch_kda_decode_as(cudaStream_t stream, bool early, const KdaDecodeArgs& a) {
+  launch_on(stream, early, 1, dim3(unsigned(a.N * a.H)), dim3(256), 0, kda_decode_kernel<K, V, 256>, "kda_decode", a);
 }
 
-// share: blocks to a head where there is a choice (1, 4); 0: by sizes; -1: the path for any K and V.
-inline void launch_kda_decode(cudaStream_t stream, bool early, int sms, const KdaDecodeArgs& a, int share = 0) {
+// Takes any sizes. early: the device is sm_90 or later.
+inline void launch_kda_decode(cudaStream_t stream, bool early, int sms, const KdaDecodeArgs& a) {
   if (a.N * a.H == 0) return;
-  if (share == 0) share = early && a.N * a.H * 4 <= 2 * sms ? 4 : 1;
-  if (share > 0) {
-    if (a.K == 128 && a.V == 128) return launch_kda_decode_as<128, 128>(stream, early, share, a);
-    if (a.K == 64 && a.V == 64) return launch_kda_decode_as<64, 64>(stream, early, share, a);
-    if (a.K == 64 && a.V == 128) return launch_kda_decode_as<64, 128>(stream, early, share, a);
-    if (a.K == 128 && a.V == 64) return launch_kda_decode_as<128, 64>(stream, early, share, a);
-  }
+  if (a.K == kFewWidth && a.V == kFewWidth && early && a.N * a.H * kFewShare <= 2 * sms)
+    return launch_on(stream, true, kFewShare, dim3(unsigned(a.N * a.H * kFewShare)), dim3(kFewThreads), 0,
+                     kda_decode_few_kernel, "kda_decode", a);
+  if (a.K == 128 && a.V == 128) return launch_kda_decode_as<128, 128>(stream, early, a);
+  if (a.K == 64 && a.V == 64) return launch_kda_decode_as<64, 64>(stream, early, a);
+  if (a.K == 64 && a.V == 128) return launch_kda_decode_as<64, 128>(stream, early, a);
+  if (a.K == 128 && a.V == 64) return launch_kda_decode_as<128, 64>(stream, early, a);
   const size_t bytes = sizeof(float) * size_t(3 * a.K + 2 * a.V + 32);
   if (bytes > 40 << 10) allow_shared(kda_decode_any_kernel, bytes);
   launch_on(stream, early, 1, dim3(unsigned(a.N * a.H)), dim3(256), bytes, kda_decode_any_kernel, "kda_decode", a);

@@ -15,8 +15,7 @@ namespace kda::cuda {
 
 inline constexpr int kManyWidth = 128, kManyRows = 32, kManyRing = 8, kManyThreads = 13 * 32;
 inline constexpr int kManyBytes = kManyRows * kManyWidth * 4;  // of a piece
-inline constexpr int kManyAhead =
-    4;  // pieces asked for before the previous launch has ended; more crowd each other out
+inline constexpr int kManyAhead = 6;  // pieces fetched before the previous launch has ended; more evict each other
 
 // What the eight warps need of a head, and what they leave.
 struct alignas(16) ManyHead {
@@ -45,6 +44,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   using namespace hopper;
   constexpr int K = kManyWidth, kRing = kManyRing, kPieces = K / kManyRows, kPlaces = ManyItems::kPlaces;
   static_assert(kRing / kPieces + 2 < kPlaces);
+  constexpr bool kOneArrives = kWarpArrivals == 1;  // one thread tells that a place is empty; all 256 for racecheck
   extern __shared__ uint8_t raw[];
   uint8_t* const ring = raw + (128 - hopper::shared_address(raw) % 128) % 128;
   ManyHead* const heads = reinterpret_cast<ManyHead*>(ring + kRing * kManyBytes);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
   ManyItems& items = *reinterpret_cast<ManyItems*>(done + 2);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kRing; ++s) init_barrier(full + s, 1), init_barrier(empty + s, 8 * kWarpArrivals);
+    for (int s = 0; s < kRing; ++s) init_barrier(full + s, 1), init_barrier(empty + s, kOneArrives ? 1 : 256);
     for (int s = 0; s < 2; ++s) init_barrier(ready + s, 4 * kWarpArrivals), init_barrier(done + s, 8 * kWarpArrivals);
     for (int s = 0; s < kPlaces; ++s) init_barrier(items.given + s, 1);
     barriers_made();
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(kManyThreads, 1)
         commit_stores();
         wait_stores_read_but<1>();
       }
-      if (before >= 0)
-        warp_arrive(shared_address(empty + before));  // that piece has left: its place may be filled again
+      // The piece before has left: its place may be filled again.
+      if (before >= 0 && (threadIdx.x == 0 || !kOneArrives)) arrive(empty + before);
       before = stage;
       if (++stage == kRing) stage = 0, phase ^= 1;
       const float sum = four_rows_total(o[0] * o[0]);

@@ -88,8 +88,8 @@ TEST(CudaMatvec, FollowsTheReference) {
   CudaContext ctx;
   for (Dtype d : kTypes)
     for (const Size& size : kSizes)
-      for (int64_t R : {1, 2, 3, 8, 9, 17, 33, 64, 70, 128, 129}) {
-        if (R * size.N[0] * size.K > 40'000'000 || (R > 70 && d != Dtype::bf16)) continue;
+      for (int64_t R : {1, 2, 3, 4, 8, 9, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 258}) {
+        if (R * size.N[0] * size.K > 40'000'000) continue;
         const std::string what = cat("matvec/", name_of(d), "_N", size.N[0], "_K", size.K, "_R", R);
         const auto x = rounded(values(what + "/x", R * size.K));
         TypedBuffer xb(ctx, Dtype::bf16, x);
@@ -113,11 +113,42 @@ TEST(CudaMatvec, FollowsTheReference) {
       }
 }
 
+TEST(CudaMatvec, MatricesOfSeveralTypesShareAnInput) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  const std::vector<std::vector<std::pair<Dtype, int64_t>>> stacks{
+      {{Dtype::f8_e4m3, 320}, {Dtype::f8_e4m3, 130}, {Dtype::bf16, 128}, {Dtype::bf16, 65}, {Dtype::bf16, 20}},
+      {{Dtype::bf16, 20}, {Dtype::i8, 63}, {Dtype::f8_e4m3, 1}, {Dtype::bf16, 70}, {Dtype::i8, 200}},
+      {{Dtype::i8, 8000}, {Dtype::bf16, 9000}, {Dtype::f8_e4m3, 3001}}};
+  for (const auto& stack : stacks)
+    for (int64_t K : {64, 272, 1304, 2560})
+      for (int64_t R : {1, 3, 16, 17, 64, 65, 128, 129}) {
+        if (stack[0].second * K * R > 10'000'000) continue;
+        const std::string what = cat("mixed/N", stack[0].second, "_K", K, "_R", R);
+        const auto x = rounded(values(what + "/x", R * K));
+        TypedBuffer xb(ctx, Dtype::bf16, x);
+        std::vector<Matrix> w;
+        std::vector<TypedBuffer> y;
+        std::vector<MatmulSegment> segments;
+        for (const auto& [d, N] : stack) {
+          w.push_back(Matrix::make(ctx, cat(what, "/w", w.size()), d, N, K));
+          y.emplace_back(ctx, w.size() % 2 ? Dtype::bf16 : Dtype::f32, R * N);
+        }
+        for (size_t i = 0; i < w.size(); ++i) segments.push_back({w[i].view(), y[i].view({R, w[i].N})});
+        for (int time = 0; time < 2; ++time) matvec(ctx, {.x = xb.view({R, K}), .segments = segments});
+        for (size_t i = 0; i < w.size(); ++i) {
+          EXPECT_TRUE(follows(y[i].fetch(), ref::matmul(wide(x), w[i].values, R, w[i].N, K), K, i % 2 == 0))
+              << what << " matrix " << i;
+          EXPECT_TRUE(y[i].guards_intact()) << what;
+        }
+      }
+}
+
 TEST(CudaMatvec, EachMatrixMayHaveItsOwnInput) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
   for (Dtype d : kTypes)
-    for (int64_t R : {1, 8, 9, 64, 65}) {
+    for (int64_t R : {1, 3, 8, 9, 64, 65, 129}) {
       const std::string what = cat("own/", name_of(d), "_R", R);
       const std::vector<std::pair<int64_t, int64_t>> shapes{{320, 128}, {320, 128}, {50, 128}, {50, 64}, {3, 64}};
       std::vector<Matrix> w;
@@ -164,7 +195,7 @@ TEST(CudaMatvec, NormedRowsFollowTheReference) {
   CudaContext ctx;
   for (Dtype d : kTypes)
     for (int64_t K : {16, 272, 1040, 13})
-      for (int64_t R : {1, 2, 3, 5, 8, 9, 64}) {
+      for (int64_t R : {1, 2, 3, 5, 8, 9, 64, 127}) {
         const std::string what = cat("normed/", name_of(d), "_K", K, "_R", R);
         std::vector<Matrix> w;
         for (int64_t N : {37, 20}) w.push_back(Matrix::make(ctx, cat(what, "/w", N), d, N, K));
@@ -190,7 +221,7 @@ TEST(CudaMatvec, AddsToTheResidualStream) {
   CudaContext ctx;
   for (Dtype d : kTypes)
     for (const auto& [N, K] : {std::pair<int64_t, int64_t>{40, 272}, {2048, 2560}, {700, 6400}, {5, 7}})
-      for (int64_t R : {1, 4, 12, 17, 65}) {
+      for (int64_t R : {1, 4, 12, 17, 65, 130}) {
         if (R * N * K > 100'000'000) continue;
         const std::string what = cat("add/", name_of(d), "_N", N, "_K", K, "_R", R);
         const Matrix w = Matrix::make(ctx, what + "/w", d, N, K);
@@ -208,13 +239,13 @@ TEST(CudaMatvec, AddsToTheResidualStream) {
       }
 }
 
-// In 8 bits for any number of rows; in bf16 among up to 2 and among 3 to 16, whichever kernels the device has.
+// In 8 bits among up to 2 and from 3 on; in bf16 among up to 2 and among 3 to 16, whichever kernels the device has.
 TEST(CudaMatvec, ARowIsTheSameInAnyBatch) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
   for (const auto& [d, least, R] : {std::tuple<Dtype, int64_t, int64_t>{Dtype::bf16, 1, 2}, {Dtype::bf16, 3, 16},
-                                    {Dtype::i8, 1, 2}, {Dtype::f8_e4m3, 1, 2}, {Dtype::i8, 3, 70},
-                                    {Dtype::f8_e4m3, 3, 70}}) {
+                                    {Dtype::i8, 1, 2}, {Dtype::f8_e4m3, 1, 2}, {Dtype::i8, 3, 200},
+                                    {Dtype::f8_e4m3, 3, 200}}) {
     const int64_t K = 2560;
     std::vector<Matrix> w;
     w.push_back(Matrix::make(ctx, "same/w", d, 2048, K));
@@ -227,7 +258,7 @@ TEST(CudaMatvec, ARowIsTheSameInAnyBatch) {
       return y.fetch();
     };
     const auto all = normed(ctx, w, x, norm, 0, R, false, Dtype::f32)[0], sums = add(0, R);
-    for (int64_t n : {1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65})
+    for (int64_t n : {1, 2, 3, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 131})
       for (int64_t from : n >= least && n <= R ? std::vector<int64_t>{0, (R - n) / 2, R - n} : std::vector<int64_t>{}) {
         EXPECT_EQ(normed(ctx, w, x, norm, from, n, false, Dtype::f32)[0], rows_of(all, from, n, w[0].N))
             << n << " rows";
@@ -240,18 +271,20 @@ TEST(CudaMatvec, OfManyRowsOneDependsOnNoOther) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
   const int64_t K = 2560, row = 5;
-  std::vector<Matrix> w;
-  for (int64_t N : {2048, 20}) w.push_back(Matrix::make(ctx, cat("many/w", N), Dtype::bf16, N, K));
   const auto norm = values("many/norm", K, 2);
-  for (int64_t R : {17, 33, 64, 65, 128}) {
-    auto x = values("many/x", R * K, 3);
-    const auto before = normed(ctx, w, x, norm, 0, R, false, Dtype::bf16);
-    for (int64_t i = 0; i < R * K; ++i)
-      if (i / K != row) x[size_t(i)] = -2 * x[size_t(i)] + 1;
-    const auto after = normed(ctx, w, x, norm, 0, R, false, Dtype::bf16);
-    for (size_t m = 0; m < w.size(); ++m) {
-      EXPECT_EQ(rows_of(before[m], row, 1, w[m].N), rows_of(after[m], row, 1, w[m].N)) << R;
-      EXPECT_NE(rows_of(before[m], row + 1, 1, w[m].N), rows_of(after[m], row + 1, 1, w[m].N)) << R;
+  for (Dtype d : kTypes) {
+    std::vector<Matrix> w;
+    for (int64_t N : {2048, 20}) w.push_back(Matrix::make(ctx, cat("many/w", N), N == 20 ? Dtype::bf16 : d, N, K));
+    for (int64_t R : {17, 33, 64, 65, 128}) {
+      auto x = values("many/x", R * K, 3);
+      const auto before = normed(ctx, w, x, norm, 0, R, false, Dtype::bf16);
+      for (int64_t i = 0; i < R * K; ++i)
+        if (i / K != row) x[size_t(i)] = -2 * x[size_t(i)] + 1;
+      const auto after = normed(ctx, w, x, norm, 0, R, false, Dtype::bf16);
+      for (size_t m = 0; m < w.size(); ++m) {
+        EXPECT_EQ(rows_of(before[m], row, 1, w[m].N), rows_of(after[m], row, 1, w[m].N)) << R;
+        EXPECT_NE(rows_of(before[m], row + 1, 1, w[m].N), rows_of(after[m], row + 1, 1, w[m].N)) << R;
+      }
     }
   }
 }
@@ -261,35 +294,59 @@ TEST(CudaMatvec, WideAndDeepMatricesOfManyRows) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
   for (const auto& [N, K, R] : {std::array<int64_t, 3>{18432, 136, 64}, {18400, 264, 17}, {17411, 72, 33},
-                                {40003, 64, 64}, {18432, 64, 128}, {320, 18432, 64}, {200, 5000, 65}}) {
-    const std::string what = cat("wide/N", N, "_K", K, "_R", R);
-    const Matrix w = Matrix::make(ctx, what + "/w", Dtype::bf16, N, K);
-    const auto x = rounded(values(what + "/x", R * K));
-    TypedBuffer xb(ctx, Dtype::bf16, x);
-    const auto want = ref::matmul(wide(x), w.values, R, N, K);
-    for (Dtype d : {Dtype::bf16, Dtype::f32}) {
-      TypedBuffer y(ctx, d, R * N);
-      const MatmulSegment segment{w.view(), y.view({R, N})};
-      for (int time = 0; time < 2; ++time) matvec(ctx, {.x = xb.view({R, K}), .segments = {&segment, 1}});
-      EXPECT_TRUE(follows(y.fetch(), want, K, d == Dtype::bf16)) << what;
-      EXPECT_TRUE(y.guards_intact()) << what;
+                                {40003, 64, 64}, {18432, 64, 128}, {320, 18432, 64}, {200, 5000, 65},
+                                {18432, 272, 9}, {17411, 80, 33}, {18432, 144, 128}, {200, 5008, 65}})
+    for (Dtype stored : kTypes) {
+      if (stored != Dtype::bf16 && K % 16) continue;
+      const std::string what = cat("wide/", name_of(stored), "_N", N, "_K", K, "_R", R);
+      const Matrix w = Matrix::make(ctx, what + "/w", stored, N, K);
+      const auto x = rounded(values(what + "/x", R * K));
+      TypedBuffer xb(ctx, Dtype::bf16, x);
+      const auto want = ref::matmul(wide(x), w.values, R, N, K);
+      for (Dtype d : {Dtype::bf16, Dtype::f32}) {
+        TypedBuffer y(ctx, d, R * N);
+        const MatmulSegment segment{w.view(), y.view({R, N})};
+        for (int time = 0; time < 2; ++time) matvec(ctx, {.x = xb.view({R, K}), .segments = {&segment, 1}});
+        EXPECT_TRUE(follows(y.fetch(), want, K, d == Dtype::bf16)) << what;
+        EXPECT_TRUE(y.guards_intact()) << what;
+      }
     }
-  }
 }
 
 TEST(CudaMatvec, ANaNStaysInItsRow) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
   const int64_t K = 272, R = 9, N = 40;
-  std::vector<Matrix> w;
-  w.push_back(Matrix::make(ctx, "nan/w", Dtype::bf16, N, K));
-  auto x = values("nan/x", R * K);
-  x[size_t(4 * K + 17)] = NAN;
-  const auto norm = values("nan/norm", K);
-  for (bool relu2 : {false, true}) {
-    const auto y = normed(ctx, w, x, norm, 0, R, relu2, Dtype::bf16)[0];
-    for (int64_t i = 0; i < R * N; ++i) EXPECT_EQ(std::isnan(y[size_t(i)]), i / N == 4) << i;
+  for (Dtype d : kTypes) {
+    std::vector<Matrix> w;
+    w.push_back(Matrix::make(ctx, "nan/w", d, N, K));
+    auto x = values("nan/x", R * K);
+    x[size_t(4 * K + 17)] = NAN;
+    const auto norm = values("nan/norm", K);
+    for (bool relu2 : {false, true}) {
+      const auto y = normed(ctx, w, x, norm, 0, R, relu2, Dtype::bf16)[0];
+      for (int64_t i = 0; i < R * N; ++i) EXPECT_EQ(std::isnan(y[size_t(i)]), i / N == 4) << i;
+    }
   }
+}
+
+// What a row of weights that held an infinity is quantised to.
+TEST(CudaMatvec, AScaleOfNaNMakesItsColumnNaN) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  const int64_t K = 272, N = 140;
+  for (Dtype d : {Dtype::i8, Dtype::f8_e4m3})
+    for (int64_t R : {1, 9, 70}) {
+      std::vector<Matrix> w;
+      w.push_back(Matrix::make(ctx, "scale/w", d, N, K));
+      const float nan = NAN;
+      ctx.backend->copy(ctx, w[0].scale.data() + 77, &nan, sizeof nan);
+      const auto x = values("scale/x", R * K), norm = values("scale/norm", K);
+      for (bool relu2 : {false, true}) {
+        const auto y = normed(ctx, w, x, norm, 0, R, relu2, Dtype::bf16)[0];
+        for (int64_t i = 0; i < R * N; ++i) EXPECT_EQ(std::isnan(y[size_t(i)]), i % N == 77) << i;
+      }
+    }
 }
 
 TEST(CudaMatvec, NoRowsAreNoWork) {

@@ -99,6 +99,12 @@ __device__ inline uint4 shared16(uint32_t from) {
   return v;
 }
 
+__device__ inline uint32_t shared2(uint32_t from) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
+  return v;
+}
+
 __device__ inline uint2 shared8(uint32_t from) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");

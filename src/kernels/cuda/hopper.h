@@ -147,6 +147,16 @@ __device__ inline void multiply_64x256x16(float (&d)[128], uint64_t a, uint64_t 
       : "l"(a), "l"(b), "r"(keep));
 }
 
+// d [64,16] += a [64,16] b [16,16]^T, as above.
+__device__ inline void multiply(float (&d)[8], uint64_t a, uint64_t b, int keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7"
+      "}, %8, %9, p, 1, 1, 0, 0; }\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "l"(a), "l"(b), "r"(keep));
+}
 // d [64,32] += a [64,16] b [32,16]^T, as above.
 __device__ inline void multiply(float (&d)[16], uint64_t a, uint64_t b, int keep) {
   asm volatile(

@@ -132,9 +132,9 @@ void launch_product(Context& ctx, const Product& p) {
   }
 }
 
-// From kSkinnyMinRows on matrices in bf16 go to a kernel made for that, all together. Where it cannot be, and for more
-// rows than it takes, large ones go to cuBLASLt once there are so many rows that the tensor cores' own loads of x take
-// longer than those of the weights; the small ones beside them are not worth a launch each.
+// From kSkinnyMinRows on matrices go to a kernel made for that, all together. Where it cannot be, and for more rows
+// than it takes, large ones in bf16 go to cuBLASLt once there are so many rows that the tensor cores' own loads of x
+// take longer than those of the weights; the small ones beside them are not worth a launch each.
 constexpr int64_t kFewRows = 16, kLarge = 1024;
 
 SkinnyFinish skinny_finish(Finish f) {
@@ -149,13 +149,7 @@ void run(Context& ctx, Product p) {
   const auto large = [&](const MatmulSegment& s) {
     return R > kFewRows && s.w.w.dtype == Dtype::bf16 && s.w.w.dim(0) >= kLarge && s.w.w.dim(1) % 8 == 0;
   };
-  // A small one in bf16 beside others in 8 bits goes with those.
-  const bool one_type = std::all_of(p.segments.begin(), p.segments.end(),
-                                    [](const MatmulSegment& s) { return s.w.w.dtype == Dtype::bf16; });
-  const auto skinny = [&](const MatmulSegment& s) {
-    return (one_type || s.w.w.dim(0) >= kLarge) && skinny90_takes(ctx, x, {&s, 1});
-  };
-  const auto elsewhere = [&](const MatmulSegment& s) { return skinny(s) || large(s); };
+  const auto elsewhere = [&](const MatmulSegment& s) { return skinny90_takes(ctx, x, {&s, 1}) || large(s); };
   if (std::none_of(p.segments.begin(), p.segments.end(), elsewhere)) return launch_product(ctx, p);
   if (p.norm) {
     cuda::rms_norm(ctx, RmsNorm{.x = p.norm->x, .w = p.norm->norm, .y = p.norm->h, .eps = p.norm->eps});

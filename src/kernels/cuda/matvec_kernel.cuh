@@ -9,6 +9,7 @@
 #pragma once
 #include "kernels/cuda/async.cuh"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/eight_bits.cuh"
 #include "kernels/cuda/matvec_plan.h"
 #include "kernels/cuda/matvec_types.h"
 
@@ -48,23 +49,6 @@ struct MatvecArgs {
   float* partial;     // [parts,R,rows] where parts > 1
   unsigned* arrived;  // [row_blocks] zeros
 };
-
-// Two e4m3 (in the high bytes of both halves) as two bf16: bits moved give the value times 2^-120.
-__device__ inline uint32_t bf16_of_f8(uint32_t v) {
-  const uint32_t moved = (v & 0x80008000u) | ((v >> 4) & 0x07f007f0u);
-  return fma2(moved, 0x7b807b80u, 0x80008000u);
-}
-// Two int8 (in the low bytes, 0x43 in the high ones): 128 + the low seven bits, less 128 or 256.
-__device__ inline uint32_t bf16_of_i8(uint32_t v) { return fma2(v & 0xff80ff80u, 0xbf80bf80u, v & 0xff7fff7fu); }
-
-// Bytes 2i and 2i+1 of a word (i = 0, 1) as two bf16.
-template <Weight kW>
-__device__ inline uint32_t widen(uint32_t word, int i) {
-  if constexpr (kW == Weight::f8)
-    return bf16_of_f8(__byte_perm(word, 0, i ? 0x3424 : 0x1404));
-  else
-    return bf16_of_i8(__byte_perm(word, 0x43434343u, i ? 0x4342 : 0x4140));
-}
 
 // 1 / sqrt(mean x^2 + eps) of R rows of K f32, K a multiple of 4. Eight slices of 32 lanes' strided sums, added in
 // order: the same bits whatever the block is. `sums` [R * kNormSlices] is shared memory; ends with a barrier.

@@ -33,13 +33,15 @@ __global__ void code_of_this_binary(int* to) {
 
 }  // namespace
 
-CUtensorMap tensor_map(Device& d, const void* data, int64_t rows, int64_t columns, int64_t ld, int box_rows) {
+CUtensorMap tensor_map(Device& d, const void* data, int64_t rows, int64_t columns, int64_t ld, int box_rows,
+                       int element_bytes) {
   CUtensorMap map{};
-  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(ld) * 2};
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, step[2] = {1, 1};
-  const CUresult r = encoder(d)(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), size, stride, box,
-                                step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const cuuint64_t size[2] = {cuuint64_t(columns), cuuint64_t(rows)}, stride[1] = {cuuint64_t(ld * element_bytes)};
+  const cuuint32_t box[2] = {cuuint32_t(128 / element_bytes), cuuint32_t(box_rows)}, step[2] = {1, 1};
+  const auto type = element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  const CUresult r =
+      encoder(d)(&map, type, 2, const_cast<void*>(data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   KDA_CHECK(r == CUDA_SUCCESS, "cuTensorMapEncodeTiled: error ", int(r), " for [", rows, ",", columns, "]");
   return map;
 }

@@ -6,9 +6,11 @@
 
 namespace kda::cuda {
 
-// A matrix of bf16 [rows,columns], rows ld apart (a multiple of 8, and the address one of 16 bytes), read or written by
-// boxes of `box_rows` rows of 128 bytes; what lies outside reads as zeros and is not written.
-CUtensorMap tensor_map(Device&, const void* data, int64_t rows, int64_t columns, int64_t ld, int box_rows);
+// A matrix [rows,columns] of bf16, or of elements of one byte, rows ld elements apart (these and the address multiples
+// of 16 bytes), read or written by boxes of `box_rows` rows of 128 bytes; what lies outside reads as zeros and is not
+// written.
+CUtensorMap tensor_map(Device&, const void* data, int64_t rows, int64_t columns, int64_t ld, int box_rows,
+                       int element_bytes = 2);
 
 // Whether this binary has machine code for sm_90a and the device runs it: a build with PTX of compute_80 alone has
 // empty bodies in its place.

@@ -1,4 +1,7 @@
 // A recorded step of one or two rows, whose products and KDA steps go in one launch, against the same ops one by one.
+#include <cmath>
+#include <functional>
+
 #include "kernels/kda_decode.h"
 #include "kernels/matmul.h"
 #include "kernels/norm.h"
@@ -66,8 +69,8 @@ struct Model {
         o(c, Dtype::bf16, R * HW),
         h(c, Dtype::bf16, R * F),
         wide(c, Dtype::bf16, R * F),
-        x(c, values("chain/x", R * D, 2)),
-        start(c, values("chain/x", R * D, 2)),
+        x(c, values("chain/x", R * D, 0.05f)),
+        start(c, values("chain/x", R * D, 0.05f)),
         slots(c, rows == 1 ? std::vector<int32_t>{1} : std::vector<int32_t>{2, 0}) {
     for (int l = 0; l < 2; ++l) {
       const std::string n = cat("chain/", l);
@@ -180,6 +183,110 @@ TEST(CudaChain, TwoStepsOfOneStateKeepTheirOrder) {
   ctx.backend->record(ctx, [&] { chained.step(), chained.step(); })->run(ctx);
   EXPECT_LE(relative_l2(chained.x.fetch(), wide(alone.x.fetch())), 4e-3);
   EXPECT_LE(relative_l2(chained.layers[0].state.fetch(), wide(alone.layers[0].state.fetch())), 4e-3);
+}
+
+// Orders of ops in which a link must not begin before another has ended, or reads what two others wrote: each op's
+// result is what it is one by one.
+TEST(CudaChain, OpsMayComeInAnyOrder) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  constexpr int64_t D = 640;
+  for (int64_t R : {1, 2}) {
+    const Matrix a = Matrix::make(ctx, "order/a", Dtype::bf16, D, D), b = Matrix::make(ctx, "order/b", Dtype::i8, D, D),
+                 narrow = Matrix::make(ctx, "order/narrow", Dtype::bf16, D, D / 2);
+    struct Vectors {
+      TypedBuffer x, y, z, h;
+      Buffer sum;
+    };
+    const auto make = [&] {
+      const auto v = [&](const char* name) { return TypedBuffer(ctx, Dtype::bf16, rounded(values(name, R * D))); };
+      return Vectors{v("order/x"), v("order/y"), v("order/z"), TypedBuffer(ctx, Dtype::bf16, R * D),
+                     Buffer(ctx, values("order/sum", R * D))};
+    };
+    const auto product = [&](const Matrix& w, TypedBuffer& from, TypedBuffer& to) {
+      const MatmulSegment s{w.view(), to.view({R, D})};
+      matvec(ctx, {.x = from.view({R, w.K}), .segments = {&s, 1}});
+    };
+    const auto add = [&](const Matrix& w, TypedBuffer& from, Vectors& v) {
+      matvec_add(ctx, {from.view({R, D}), w.view(), v.sum.view({R, D}), v.h.view({R, D})});
+    };
+    const std::function<void(Vectors&)> orders[] = {
+        [&](Vectors& v) { add(a, v.x, v), add(b, v.x, v), add(a, v.y, v); },  // sums, one after another
+        [&](Vectors& v) { product(a, v.x, v.y), product(b, v.z, v.x); },      // x is read before it is written
+        [&](Vectors& v) { product(a, v.x, v.y), product(b, v.z, v.y); },      // y is written twice
+        [&](Vectors& v) { product(a, v.x, v.y), product(b, v.y, v.x), product(a, v.x, v.y), product(a, v.y, v.x); },
+        [&](Vectors& v) { product(a, v.x, v.y), product(narrow, v.y, v.z); },  // a part of what was written
+        [&](Vectors& v) { product(a, v.x, v.y), add(b, v.y, v), product(b, v.y, v.z), add(a, v.z, v); },
+        [&](Vectors& v) { product(a, v.x, v.y), product(b, v.y, v.z), add(a, v.y, v), product(a, v.z, v.x); },
+        [&](Vectors& v) {
+          for (int i = 0; i < 80; ++i) product(i % 2 ? a : b, v.x, v.y), product(a, v.y, v.x);  // more than one launch
+        },
+    };
+    // Memory that several tensors share in turn.
+    const auto in_turn = [&](TypedBuffer& first, TypedBuffer& shared, TypedBuffer& last) {
+      const auto at = [&](int64_t from) {
+        return View{static_cast<bf16*>(shared.view({3 * R * D}).data) + from, Dtype::bf16, {R, D}};
+      };
+      const auto from_to = [&](const Matrix& w, ConstView from, View to) {
+        const MatmulSegment s{w.view(), to};
+        matvec(ctx, {.x = from, .segments = {&s, 1}});
+      };
+      from_to(a, first.view({R, D}), at(0));
+      from_to(b, at(0), at(R * D));
+      from_to(a, at(R * D), at(R * D / 2));
+      from_to(b, at(R * D / 2), last.view({R, D}));
+    };
+    std::vector<float> results[2];
+    for (bool chained : {false, true}) {
+      TypedBuffer first(ctx, Dtype::bf16, rounded(values("order/x", R * D))), shared(ctx, Dtype::bf16, 3 * R * D),
+          last(ctx, Dtype::bf16, R * D);
+      if (chained)
+        ctx.backend->record(ctx, [&] { in_turn(first, shared, last); })->run(ctx);
+      else
+        in_turn(first, shared, last);
+      results[chained] = last.fetch();
+    }
+    EXPECT_EQ(results[0], results[1]) << R << " rows";
+    for (const auto& order : orders) {
+      Vectors alone = make(), chained = make();
+      order(alone);
+      const auto recorded = ctx.backend->record(ctx, [&] { order(chained); });
+      recorded->run(ctx);
+      const auto same = [&](auto& got, auto& want, const char* name) {
+        EXPECT_EQ(got.fetch(), want.fetch()) << name << " of order " << &order - orders << ", " << R << " rows";
+        EXPECT_TRUE(got.guards_intact());
+      };
+      same(chained.x, alone.x, "x"), same(chained.y, alone.y, "y"), same(chained.z, alone.z, "z");
+      same(chained.sum, alone.sum, "sum");
+    }
+  }
+}
+
+TEST(CudaChain, WhatIsNoNumberIsHandedOn) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  constexpr int64_t D = 640;
+  const Matrix w = Matrix::make(ctx, "nan/w", Dtype::bf16, D, D), v = Matrix::make(ctx, "nan/v", Dtype::f8_e4m3, D, D);
+  auto first = rounded(values("nan/x", D));
+  first[5] = NAN;
+  TypedBuffer x(ctx, Dtype::bf16, first), y(ctx, Dtype::bf16, D), z(ctx, Dtype::bf16, D), h(ctx, Dtype::bf16, D);
+  Buffer sum(ctx, values("nan/sum", D)), norm(ctx, values("nan/norm", D));
+  ctx.backend
+      ->record(ctx,
+               [&] {
+                 const MatmulSegment to_y{w.view(), y.view({1, D})}, to_z{v.view(), z.view({1, D})};
+                 matvec(ctx, {.x = x.view({1, D}), .segments = {&to_y, 1}});
+                 matvec_add(ctx, {y.view({1, D}), v.view(), sum.view({1, D}), h.view({1, D})});
+                 norm_matvec_relu2(ctx, {.x = sum.view({1, D}),
+                                         .norm = norm.view({D}),
+                                         .eps = 1e-5f,
+                                         .segments = {&to_z, 1},
+                                         .h = h.view({1, D})});
+               })
+      ->run(ctx);
+  for (float q : y.fetch()) EXPECT_TRUE(std::isnan(q));
+  for (float q : sum.fetch()) EXPECT_TRUE(std::isnan(q));
+  for (float q : z.fetch()) EXPECT_TRUE(std::isnan(q));
 }
 
 TEST(CudaChain, RunsGiveTheSameBits) {

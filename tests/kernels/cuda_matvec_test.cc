@@ -79,9 +79,9 @@ struct Size {
   int64_t K;
 };
 // Stacked segments; parts of K (the last two); sizes one off each border; those of the path for any K.
-const Size kSizes[] = {{{1}, 16},      {{15, 17, 1}, 32},     {{16}, 256},  {{40, 3}, 272},
-                       {{300}, 528},   {{33, 128, 20}, 1040}, {{7, 9}, 13}, {{21}, 8 * 31},      {{333, 1001}, 520},
-                       {{2048}, 2560}, {{700}, 6400}};
+const Size kSizes[] = {{{1}, 16},          {{15, 17, 1}, 32},     {{16}, 256},   {{40, 3}, 272},
+                       {{300}, 528},       {{33, 128, 20}, 1040}, {{7, 9}, 13},  {{21}, 8 * 31},
+                       {{333, 1001}, 520}, {{2048}, 2560},        {{700}, 6400}, {{2700, 65}, 5184}};
 
 TEST(CudaMatvec, FollowsTheReference) {
   KDA_NEEDS_CUDA();
@@ -216,12 +216,38 @@ TEST(CudaMatvec, NormedRowsFollowTheReference) {
       }
 }
 
+// The rows of a chunk are not as many in each type, and not all as many as the last of a matrix.
+TEST(CudaMatvec, TypesMayDifferBetweenMatrices) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  for (int64_t K : {320, 2560, 5120})
+    for (int64_t R : {1, 2, 3}) {
+      const std::string what = cat("types/K", K, "_R", R);
+      std::vector<Matrix> w;
+      for (const auto& [d, N] : {std::pair<Dtype, int64_t>{Dtype::f8_e4m3, 203},
+                                 {Dtype::bf16, 130},
+                                 {Dtype::i8, 21},
+                                 {Dtype::bf16, 1},
+                                 {Dtype::f8_e4m3, 1}})
+        w.push_back(Matrix::make(ctx, cat(what, "/w", w.size()), d, N, K));
+      const auto x = values(what + "/x", R * K, 3), norm = values(what + "/norm", K, 2);
+      const auto h = ref::rms_norm(wide(x), wide(norm), double(1e-5f));
+      const auto got = normed(ctx, w, x, norm, 0, R, false, Dtype::f32);
+      for (size_t i = 0; i < w.size(); ++i) {
+        const auto want = ref::matmul(h, w[i].values, R, w[i].N, K);
+        for (size_t j = 0; j < got[i].size(); ++j)
+          ASSERT_LE(std::abs(double(got[i][j]) - want.y[j]), kBf16Epsilon * want.terms[j] * 1.01 + 1e-9)
+              << what << " matrix " << i << " element " << j;
+      }
+    }
+}
+
 TEST(CudaMatvec, AddsToTheResidualStream) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
   for (Dtype d : kTypes)
     for (const auto& [N, K] : {std::pair<int64_t, int64_t>{40, 272}, {2048, 2560}, {700, 6400}, {5, 7}})
-      for (int64_t R : {1, 4, 12, 17, 65, 130}) {
+      for (int64_t R : {1, 2, 4, 12, 17, 65, 130}) {
         if (R * N * K > 100'000'000) continue;
         const std::string what = cat("add/", name_of(d), "_N", N, "_K", K, "_R", R);
         const Matrix w = Matrix::make(ctx, what + "/w", d, N, K);

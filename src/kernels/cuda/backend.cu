@@ -113,6 +113,7 @@ void open(Context& ctx) {
   KDA_CUDA(cudaEventCreateWithFlags(&d->computed, cudaEventDisableTiming));
   KDA_CUDA(cudaMalloc(reinterpret_cast<void**>(&d->tickets), kTickets * sizeof(unsigned)));
   KDA_CUDA(cudaMemset(d->tickets, 0, kTickets * sizeof(unsigned)));
+  if (d->arch >= 90) KDA_CUDA(cudaMalloc(&d->chain_memory, kChainMemory));
   KDA_CUDA(cudaStreamSynchronize(nullptr));
   KDA_CUDA(cudaHostAlloc(&d->bounce, kBounceBytes, cudaHostAllocDefault));
   ctx.stream = d->stream;
@@ -168,7 +169,9 @@ Device::~Device() {
   gemm.reset();
   attention.reset();
   upload.reset();
+  chain.reset();
   if (tickets) cudaFree(tickets);
+  if (chain_memory) cudaFree(chain_memory);
   if (bounce) cudaFreeHost(bounce);
   if (copied) cudaEventDestroy(copied);
   if (computed) cudaEventDestroy(computed);

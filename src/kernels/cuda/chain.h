@@ -13,36 +13,44 @@
 
 namespace kda::cuda {
 
-inline constexpr int kChainRows = 2;         // rows of x that a link takes at most
-inline constexpr int kChainSlot = 8 * 2624;  // bytes of a place in the ring: 8 rows of a chunk
-inline constexpr int kChainChunk = 2560;     // bytes of a row fetched at a time, at most
+inline constexpr int kChainSegments = 6;  // of a link
+inline constexpr int kChainRows = 2;      // rows of x that a link takes at most
+inline constexpr int kChainSlot = 20480;  // bytes of a place in the ring, and of weights fetched at a time, at most
+inline constexpr int kChainPiece = 64;    // bytes of a row that a warp takes at a time
 
-// Bytes between the rows of a chunk: an odd number of 64, so that rows lie in different banks.
-__host__ __device__ inline int chain_stride(int chunk) { return chunk % 128 ? chunk : chunk + 64; }
+inline constexpr uint32_t kMark = 0xffffffffu;  // what memory of values not there yet is full of; no result is it
 
+// Pointers that lead to or from a later link of the same launch go to memory full of marks; `y` beside them is where
+// other launches look, nullptr where a later link writes it anew.
 struct ChainSegment {
   const uint8_t* w;
   const float* scale;  // nullptr for bf16
-  void* y;
+  void *y, *passed;
   const __nv_bfloat16* x;  // own input; nullptr where all share one
-  int first, rows;         // within the link's rows
+  int rows;
+  // Rows are taken in groups of `group` (4 or 8), of which `first` is the segment's first within the link; of a row
+  // `chunk` bytes are fetched at a time, a multiple of 8 / group pieces, or all.
+  int first;
+  uint16_t chunk;
+  uint8_t group, input;  // which of the link's inputs
+  bool f32;              // y's type
   Weight weight;
-  uint16_t input;  // which of the link's inputs
-  bool f32;        // y's type
 };
 
 // The product of R rows of x with stacked rows of weights.
 struct ChainProduct {
   int segments;
-  int rows_each, rows_more;  // of weights to a block, and the blocks that take one more
+  int groups, fixed;  // of rows; how many of them each block has, the rest go to whoever is free
   int R, K, inputs, x_stride;
   Finish finish;
   bool wide, eight;  // weights of bf16, of 8 bits are among them
+  uint8_t awaited;   // inputs, a bit for each, that a link before gives
   int half_at;       // where x as fp16, for those of 8 bits, begins behind x as bf16
   float eps;
   const __nv_bfloat16* x;
   const float *residual, *norm;  // where not null: x is rms_norm(residual)
-  ChainSegment segment[kMaxSegments];
+  const float* before;           // what y is added to; nullptr: nothing
+  ChainSegment segment[kChainSegments];
 };
 
 // A KDA step, and where f_w is not null the products that give its f [R,H*K] = f_in f_w^T and g [R,H*V] = g_in g_w^T:
@@ -52,6 +60,8 @@ struct ChainKda {
   const uint8_t *f_w = nullptr, *g_w = nullptr;
   const float *f_scale = nullptr, *g_scale = nullptr;
   const __nv_bfloat16 *f_in = nullptr, *g_in = nullptr;
+  __nv_bfloat16 *passed = nullptr, *f_out = nullptr, *g_out = nullptr;  // f and g for other launches, if not null
+  uint8_t awaited = 0;  // of q, k, v, f or f_in, g or g_in, b, a bit for each, what a link before gives
   Weight weight = Weight::bf16;
 };
 inline constexpr int kGateWidth = 128;
@@ -71,9 +81,10 @@ inline constexpr int kMaxLinks = int((32764 - 64) / sizeof(ChainLink));
 // A kernel's arguments, at most 32,764 bytes.
 struct Chain {
   int links = 0;
-  int slots = 0;    // of the ring
-  int x_bytes = 0;  // of shared memory before it
-  unsigned* arrived = nullptr;
+  Weight eight = Weight::bf16;  // the type of its weights of 8 bits; bf16: there are none
+  int slots = 0;                // of the ring
+  int x_bytes = 0;              // of shared memory before it
+  unsigned* tickets = nullptr;  // a mark for each link
   ChainLink link[kMaxLinks];
 };
 static_assert(sizeof(Chain) <= 32764 && sizeof(ChainLink) <= 512);

@@ -1,33 +1,31 @@
 // kernels/cuda/chain_kernel.cuh — the products and KDA steps of few rows, one after another in one launch
 // (docs/CUDA.md).
 //
-// A block per multiprocessor stays for the whole chain. Its last warp streams weights: it asks for the rows that are
-// this block's in link after link, through a ring in shared memory, as far ahead as the ring goes, so that the memory
-// is busy while the links' ends and beginnings wait for each other. The other warps, the takers, do the links: what a
-// link reads of the one before is there when all blocks have arrived at a counter. They must be well faster than the
-// memory, to catch up afterwards with what the ring holds. The warps share a chunk in pieces of 64 bytes, taken in
-// turn, and their sums are added in one order.
+// A block per multiprocessor stays for the whole chain. Its last warp streams weights through a ring in shared memory,
+// link after link, as far ahead as the ring goes, so that the memory is busy while the links' ends and beginnings wait
+// for each other. Most rows of a link are dealt out beforehand; the rest go to the blocks that the memory serves
+// faster. The other warps, the takers, do the links. There is no barrier between blocks: what a link gives the next
+// lies in memory full of marks before, and a value is there when it is none. Weights are the matrix unit's 16 rows, as
+// 8 / P rows by P parts of K, rows of x by the same parts its 8 columns. The warps share a chunk, and all sums are
+// added in one order, whichever block has a row.
 #pragma once
 #include <cuda_fp16.h>
 
-#include "kernels/cuda/chain.h"
-#include "kernels/cuda/kda_decode_kernel.cuh"
+#include "kernels/cuda/chain_head.cuh"
+#include "kernels/cuda/chain_values.cuh"
 #include "kernels/cuda/matvec_kernel.cuh"
 
 namespace kda::cuda {
 
-inline constexpr int kChainWarps = 8, kChainTakers = 32 * kChainWarps, kChainThreads = kChainTakers + 32;
-inline constexpr int kChainGroup = 8;   // rows of weights that are summed together
-inline constexpr int kChainPiece = 64;  // bytes of a row that a warp takes at a time
-inline constexpr int kChainTurns = kChainChunk / (kChainWarps * kChainPiece);  // pieces of a chunk to a warp
-inline constexpr int kMaxSlots = 16;                                           // of the ring
-inline constexpr int kMaxGroups = kChainTakers / kChainGroup;                  // whose sums are added together
+inline constexpr int kChainColumns = 8;  // of the matrix unit
+inline constexpr int kChainTurns =
+    kChainSlot / (kChainColumns * kChainPiece * kChainWarps);  // pieces of a chunk to a lane
+inline constexpr int kMaxSlots = 16;                           // of the ring
+inline constexpr int kMaxGroups = 40;                          // whose sums are added together, with one row of x
 // Chunks asked for and not there yet. As many as keep the memory busy: what the takers read waits behind them.
 inline constexpr int kChainFlight = 2;
 
 #if __CUDA_ARCH__ >= 900
-
-__device__ inline void chain_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kChainTakers) : "memory"); }
 
 struct RingAt {
   int slot = 0;
@@ -55,55 +53,149 @@ struct LinkReader {
   }
 };
 
-// Calls f(segment, first row, rows) for what is this block's of a link's segments.
-template <class F>
-__device__ void for_segments(const ChainProduct& link, F f) {
-  const int block = blockIdx.x, each = link.rows_each, more = link.rows_more;
-  const int r0 = block * each + min(block, more), r1 = r0 + each + (block < more ? 1 : 0);
-  for (int s = 0, end = link.segments; s < end; ++s) {
-    const ChainSegment& segment = link.segment[s];
-    const int first = segment.first, from = max(r0, first), to = min(r1, first + segment.rows);
-    if (from < to) f(segment, from - first, to - from);
+// The segment that group `group` of a link lies in.
+__device__ inline const ChainSegment& segment_of(const ChainProduct& link, int group) {
+  int s = 0;
+  while (s + 1 < link.segments && group >= link.segment[s + 1].first) ++s;
+  return link.segment[s];
+}
+
+struct Ring {
+  uint32_t places, full, empty;  // shared memory, barriers
+  volatile int* group;           // which a place holds a chunk of; -1: the link has no more for this block
+  int slots;
+};
+
+// To the second-level cache, by the lanes of a warp in turn: what the takers will read of a link beside its weights.
+struct Fetcher {
+  int turn = 0;
+  __device__ void operator()(const void* from, int64_t bytes) {
+    const uint64_t at = reinterpret_cast<uint64_t>(from), first = at / 16 * 16;
+    if (int(threadIdx.x % 32) == turn++ % 32)
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first),
+                   "r"(uint32_t((at + bytes + 15) / 16 * 16 - first))
+                   : "memory");
+  }
+};
+__device__ inline void fetch(const ChainLink& link) {
+  Fetcher to_cache;
+  if (!link.is_kda) {
+    if (link.product.norm) to_cache(link.product.norm, int64_t(link.product.K) * 4);
+    return;
+  }
+  const ChainKda& kda = link.kda;
+  const KdaDecodeArgs& k = kda.step;
+  constexpr int64_t W = kHeadWidth;
+  const int64_t H = k.H;
+#pragma unroll 1
+  for (int head = blockIdx.x; head < k.N * k.H; head += gridDim.x) {
+    const int64_t slot = k.in[head / H], h = head % H, bytes = W * (W << (kda.weight == Weight::bf16));
+    if (slot >= 0) {
+      to_cache(k.state + (slot * H + h) * W * W, W * W * 4);
+#pragma unroll 1
+      for (int64_t row = 0; row < 9; ++row) to_cache(k.window + ((slot * 9 + row) * H + h) * W, W * 2);
+    }
+    if (kda.f_w) to_cache(kda.f_w + h * bytes, bytes), to_cache(kda.g_w + h * bytes, bytes);
+    if (kda.f_scale) to_cache(kda.f_scale + h * W, W * 4), to_cache(kda.g_scale + h * W, W * 4);
+    to_cache(k.q_conv + h * W * 4, W * 16), to_cache(k.k_conv + h * W * 4, W * 16);
+    to_cache(k.v_conv + h * W * 4, W * 16);
+    to_cache(k.dt_bias + h * W, W * 4), to_cache(k.g_bias + h * W, W * 4), to_cache(k.o_norm, W * 4);
+    to_cache(k.A_log + h, 4);
   }
 }
 
-__device__ inline void stream_weights(const Chain& a, ChainLink* here, uint32_t ring, uint32_t full, uint32_t empty) {
-  const int lane = threadIdx.x % 32, links = a.links, slots = a.slots;
+__device__ inline void stream_weights(const Chain& a, ChainLink* here, const Ring& ring) {
+  const int lane = threadIdx.x % 32, links = a.links, slots = ring.slots, blocks = gridDim.x;
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   LinkReader reader{a};
   reader.load(0);
   RingAt at, behind;
   int issued = 0;
+  const auto take_place = [&] {
+    barrier_wait(ring.empty + 8 * at.slot, at.phase ^ 1);
+    if (issued++ >= kChainFlight) barrier_wait(ring.full + 8 * behind.slot, behind.phase), behind.advance(slots);
+  };
   for (int i = 0; i < links; ++i) {
     __syncwarp();
     reader.store(*here);
     __syncwarp();
     reader.load(i + 1);
+    fetch(*here);
     if (here->is_kda) continue;
     const ChainProduct& link = here->product;
-    for_segments(link, [&](const ChainSegment& segment, int row, int rows) {
-      const int row_bytes = link.K << (segment.weight == Weight::bf16), chunk = min(kChainChunk, row_bytes);
-      const uint8_t* from = segment.w + int64_t(row + lane) * row_bytes;
-      const uint32_t to = ring + lane * chain_stride(chunk);
-      for (; rows > 0; rows -= kChainGroup, from += kChainGroup * int64_t(row_bytes)) {
-        const int count = min(kChainGroup, rows);
-        for (int byte = 0; byte < row_bytes; byte += chunk) {
-          const int bytes = min(chunk, row_bytes - byte);
-          barrier_wait(empty + 8 * at.slot, at.phase ^ 1);
-          if (issued++ >= kChainFlight) barrier_wait(full + 8 * behind.slot, behind.phase), behind.advance(slots);
-          if (lane == 0) barrier_expect(full + 8 * at.slot, bytes * count);
-          __syncwarp();
-          if (lane < count)
-            asm volatile(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-                "[%3], %4;" ::"r"(to + at.slot * kChainSlot),
-                "l"(from + byte), "r"(bytes), "r"(full + 8 * at.slot), "l"(policy)
-                : "memory");
-          at.advance(slots);
-        }
+    const int groups = link.groups, fixed = link.fixed;
+    unsigned ticket = 0;
+    const auto ask = [&] {
+      if (lane == 0) ticket = atomicAdd(a.tickets + i, 1u) + 1;  // from all ones, the marks, on
+    };
+    ask();
+    for (int turn = 0;; ++turn) {
+      int group = int(blockIdx.x) + turn * blocks;
+      if (turn >= fixed) {
+        group = int(__shfl_sync(0xffffffffu, ticket, 0)) + fixed * blocks;
+        if (group >= groups) break;
+        ask();
       }
-    });
+      const ChainSegment& segment = segment_of(link, group);
+      const int row = (group - segment.first) * segment.group, count = min(segment.group, segment.rows - row);
+      const int row_bytes = link.K << (segment.weight == Weight::bf16), chunk = segment.chunk;
+      const bool whole = chunk == row_bytes;  // then the rows lie behind each other
+      const uint8_t* from = segment.w + int64_t(row + (whole ? 0 : lane)) * row_bytes;
+      if (segment.scale && lane == 31) prefetch_l2(segment.scale + row);
+      for (int byte = 0; byte < row_bytes; byte += chunk) {
+        const int bytes = min(chunk, row_bytes - byte);
+        take_place();
+        if (lane == 0) {
+          ring.group[at.slot] = group;
+          barrier_expect(ring.full + 8 * at.slot, bytes * count);
+        }
+        __syncwarp();
+        if (lane < (whole ? 1 : count))
+          asm volatile(
+              "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+              "%4;" ::"r"(ring.places + at.slot * kChainSlot + lane * chunk),
+              "l"(from + byte), "r"(whole ? bytes * count : bytes), "r"(ring.full + 8 * at.slot), "l"(policy)
+              : "memory");
+        at.advance(slots);
+      }
+    }
+    take_place();
+    if (lane == 0) {
+      ring.group[at.slot] = -1;
+      barrier_arrive(ring.full + 8 * at.slot);
+    }
+    at.advance(slots);
+  }
+}
+
+// Calls f(i, piece) for this thread's of `pieces` of 16 bytes, where they are awaited when they are there. Rows are
+// given out upwards, so a late piece is awaited at the highest before the others are asked for again.
+template <class E, int kTaken, class F>
+__device__ inline void take_pieces(const void* from, int pieces, bool awaited, F f) {
+  const uint4* const at = static_cast<const uint4*>(from);
+  for (int base = threadIdx.x; base < pieces; base += kTaken * kChainTakers) {
+    uint4 v[kTaken];
+#pragma unroll
+    for (int j = 0; j < kTaken; ++j)
+      if (base + j * kChainTakers < pieces) v[j] = load16(at + base + j * kChainTakers);
+    while (awaited) {
+      int last = -1;
+#pragma unroll
+      for (int j = 0; j < kTaken; ++j)
+        if (base + j * kChainTakers < pieces && has_mark<E>(v[j])) last = j;
+      if (last < 0) break;
+      const uint4 late = await16<E>(at + base + last * kChainTakers);
+#pragma unroll
+      for (int j = 0; j < kTaken; ++j)
+        if (j == last)
+          v[j] = late;
+        else if (base + j * kChainTakers < pieces && has_mark<E>(v[j]))
+          v[j] = load16(at + base + j * kChainTakers);
+    }
+#pragma unroll
+    for (int j = 0; j < kTaken; ++j)
+      if (base + j * kChainTakers < pieces) f(base + j * kChainTakers, v[j]);
   }
 }
 
@@ -134,31 +226,34 @@ __device__ inline float high_bf16(uint32_t v) { return __uint_as_float(v & 0xfff
 
 // x of a link to shared memory [inputs * R, x_stride]: as bf16, or beside weights of 8 bits, which are fp16 to the
 // matrix unit, as that: bf16 values times a power of two to each row that makes the largest 2^14 to 2^15, so that what
-// fp16 cannot hold is less than 2^-38 of it. `wait` returns when the link before has ended.
-template <class Wait>
-__device__ void take_x(const ChainProduct& link, uint8_t* shared, TakenX& taken, Wait wait) {
+// fp16 cannot hold is less than 2^-38 of it.
+template <Weight kEight>
+__device__ inline void take_x(const ChainProduct& link, uint8_t* shared, TakenX& taken) {
   const int tid = threadIdx.x, warp = tid / 32, R = link.R, K = link.K, stride = link.x_stride;
-  const bool wide = link.wide, eight = link.eight;
+  constexpr bool kSome = kEight != Weight::bf16;
+  const bool wide = !kSome || link.wide, eight = kSome && link.eight;
   uint8_t* const halves = shared + link.half_at;
   if (link.residual) {
     uint8_t* const raw = halves + R * stride;
     float4* const weights = reinterpret_cast<float4*>(raw + int64_t(R) * K * 4);
     const int pieces = K / 4;
-    const float* const residual = link.residual;
     const float4* const norm = reinterpret_cast<const float4*>(link.norm);
-    for (int i = tid; i < pieces; i += kChainTakers) weights[i] = __ldg(norm + i);
-    wait();
+#pragma unroll 1
+    for (int i = tid; i < pieces; i += kChainTakers) copy16(shared_address(weights + i), norm + i);
+    commit_copies();
+#pragma unroll 1
     for (int r = 0; r < R; ++r) {
-      const float4* row = reinterpret_cast<const float4*>(residual + int64_t(r) * K);
       float4* const keep = reinterpret_cast<float4*>(raw) + int64_t(r) * pieces;
       float sum = 0, most = 0;
-#pragma unroll 4
-      for (int i = tid; i < pieces; i += kChainTakers) {
-        const float4 v = __ldcg(row + i), w = weights[i];
+      take_pieces<float, 2>(link.residual + int64_t(r) * K, pieces, link.awaited & 1, [&](int i, uint4 bits) {
+        wait_copies<0>();  // this thread's of the weights, which are those that it reads here
+        const float4 v = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                          __uint_as_float(bits.w)},
+                     w = weights[i];
         keep[i] = v;
         sum = fmaf(v.x, v.x, sum), sum = fmaf(v.y, v.y, sum), sum = fmaf(v.z, v.z, sum), sum = fmaf(v.w, v.w, sum);
         most = fmaxf(fmaxf(fmaxf(most, fabsf(v.x * w.x)), fmaxf(fabsf(v.y * w.y), fabsf(v.z * w.z))), fabsf(v.w * w.w));
-      }
+      });
       sum = warp_total(sum), most = warp_most(most);
       if (tid % 32 == 0) taken.sums[r * kChainWarps + warp] = sum, taken.most[r * kChainWarps + warp] = most;
     }
@@ -169,8 +264,9 @@ __device__ void take_x(const ChainProduct& link, uint8_t* shared, TakenX& taken,
       for (int i = 0; i < kChainWarps; ++i) sum += taken.sums[r * kChainWarps + i];
       const float factor = 1.0f / sqrtf(sum / float(K) + link.eps);
       const float power = eight ? taken.power(r, factor) : 1.0f, inverse = 1.0f / power;
-      if (tid == 0) taken.factor[r] = power;
+      if (eight && tid == 0) taken.factor[r] = power;
       const float4* const kept = reinterpret_cast<const float4*>(raw) + int64_t(r) * pieces;
+#pragma unroll 1
       for (int i = tid; i < pieces; i += kChainTakers) {
         const uint2 v = norm_apply(kept[i], weights[i], factor);
         if (wide) {
@@ -186,28 +282,26 @@ __device__ void take_x(const ChainProduct& link, uint8_t* shared, TakenX& taken,
     }
   } else {
     const int inputs = link.inputs, pieces = K / 8, rows = inputs * R;
-    const __nv_bfloat16* const x = link.x;
-    wait();
+#pragma unroll 1
     for (int row = 0; row < rows; ++row) {
-      const __nv_bfloat16* from = inputs > 1 ? link.segment[row / R].x + int64_t(row % R) * K : x + int64_t(row) * K;
+      const int input = row / R;
+      const __nv_bfloat16* from = (inputs > 1 ? link.segment[input].x : link.x) + int64_t(row % R) * K;
       uint32_t most = 0;  // of both halves' absolute values, whose order is that of their bits
-#pragma unroll 4
-      for (int i = tid; i < pieces; i += kChainTakers) {
-        const uint4 v = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+      take_pieces<__nv_bfloat16, 4>(from, pieces, link.awaited >> input & 1, [&](int i, uint4 v) {
         *reinterpret_cast<uint4*>(shared + row * stride + 16 * i) = {v.x, v.z, v.y, v.w};
         most = __vmaxu2(__vmaxu2(most, v.x & 0x7fff7fffu), __vmaxu2(v.y & 0x7fff7fffu, v.z & 0x7fff7fffu));
         most = __vmaxu2(most, v.w & 0x7fff7fffu);
-      }
+      });
       if (!eight) continue;
       const float m = warp_most(fmaxf(low_bf16(most), high_bf16(most)));
       if (tid % 32 == 0) taken.most[row * kChainWarps + warp] = m;
     }
     if (eight) chain_sync();
-    for (int row = 0; row < rows; ++row) {
-      const float power = eight ? taken.power(row, 1) : 1.0f, inverse = 1.0f / power;
+    for (int row = 0; eight && row < rows; ++row) {
+      const float power = taken.power(row, 1), inverse = 1.0f / power;
       if (tid == 0) taken.factor[row] = power;
-      if (!eight) continue;
       const auto scaled = [&](uint32_t v) { return half2_of(low_bf16(v) * inverse, high_bf16(v) * inverse); };
+#pragma unroll 1
       for (int i = tid; i < pieces / 2; i += kChainTakers) {
         const uint4* const at = reinterpret_cast<const uint4*>(shared + row * stride + 32 * i);
         uint4* const to = reinterpret_cast<uint4*>(halves + row * stride + 32 * i);
@@ -235,206 +329,206 @@ __device__ inline uint32_t half2_at(uint32_t word, int i) {
   return h;
 }
 
-// Adds to the sums of row g of the group what this warp's pieces of a chunk give. w and x: where the lane's part of the
-// warp's first piece lies; kFull: the chunk is a whole one, else it has `pieces`, counted from the warp's first.
-//
-// The 16 bytes that a lane has of a row are the matrix unit's operand as they come: row g of it has the even pairs, row
-// g + 8 the odd ones. So column 2 r of the other operand has the even pairs of row r of x, column 2 r + 1 the odd ones,
-// and the product is sum[..][0] + sum[..][3] of lanes t = r.
-template <Weight kW, bool kFull>
-__device__ void multiply_chunk(float (&sum)[2][4], uint32_t w, uint32_t x, int pieces) {
-  constexpr int kWide = kW == Weight::bf16 ? 1 : 2, kTurn = kChainWarps * kChainPiece;
+// Adds what a piece gives. The 16 bytes that a lane has of a row are the matrix unit's operand as they come: row g of
+// it has the even pairs, row g + 8 the odd ones. So column 2 q of the other operand has the even pairs of x of q,
+// column 2 q + 1 the odd ones, and the product is sum[..][0] + sum[..][3] of lanes t = q.
+template <Weight kW>
+__device__ inline void multiply(float (&sum)[2][4], uint4 w, uint4 x) {
+  if constexpr (kW == Weight::bf16) {
+    mma(sum[0], w.x, w.y, w.z, w.w, x.x, x.y);
+  } else {
+    mma_f16(sum[0], half2_at<kW>(w.x, 0), half2_at<kW>(w.x, 1), half2_at<kW>(w.y, 0), half2_at<kW>(w.y, 1), x.x, x.y);
+    mma_f16(sum[1], half2_at<kW>(w.z, 0), half2_at<kW>(w.z, 1), half2_at<kW>(w.w, 0), half2_at<kW>(w.w, 1), x.z, x.w);
+  }
+}
+template <Weight kW>
+__device__ inline uint4 x_piece_at(uint32_t from) {
+  if constexpr (kW != Weight::bf16) return shared16(from);
+  const uint2 pair = shared8(from);
+  return {pair.x, pair.y, 0, 0};
+}
+
+// Adds what this warp's pieces of a whole chunk give. w and x: where the lane's first piece lies; it takes every
+// `step`-th of its row.
+template <Weight kW>
+__device__ inline void multiply_chunk(float (&sum)[2][2][4], uint32_t w, uint32_t x, int step) {
+  constexpr int kWide = kW == Weight::bf16 ? 1 : 2;
   uint4 v[kChainTurns], y[kChainTurns];
 #pragma unroll
   for (int j = 0; j < kChainTurns; ++j) {
-    const bool there = kFull || j * kChainWarps < pieces;
-    v[j] = there ? shared16(w + j * kTurn) : uint4{};
-    if constexpr (kWide == 1) {
-      const uint2 pair = there ? shared8(x + j * kTurn) : uint2{};
-      y[j].x = pair.x, y[j].y = pair.y;
-    } else {
-      y[j] = there ? shared16(x + j * kTurn * kWide) : uint4{};
-    }
+    v[j] = shared16(w + j * step * kChainPiece);
+    y[j] = x_piece_at<kW>(x + j * step * kChainPiece * kWide);
   }
 #pragma unroll
-  for (int j = 0; j < kChainTurns; ++j) {
-    if constexpr (kWide == 1) {
-      mma(sum[j % 2], v[j].x, v[j].y, v[j].z, v[j].w, y[j].x, y[j].y);
-    } else {
-      mma_f16(sum[0], half2_at<kW>(v[j].x, 0), half2_at<kW>(v[j].x, 1), half2_at<kW>(v[j].y, 0),
-              half2_at<kW>(v[j].y, 1), y[j].x, y[j].y);
-      mma_f16(sum[1], half2_at<kW>(v[j].z, 0), half2_at<kW>(v[j].z, 1), half2_at<kW>(v[j].w, 0),
-              half2_at<kW>(v[j].w, 1), y[j].z, y[j].w);
-    }
+  for (int j = 0; j < kChainTurns; ++j) multiply<kW>(sum[j % 2], v[j], y[j]);
+}
+// The same for one that ends `w_left` or `x_left` pieces after the first: zeros from there on.
+template <Weight kW>
+__device__ inline void multiply_rest(float (&sum)[2][2][4], uint32_t w, uint32_t x, int step, int w_left, int x_left) {
+  constexpr int kWide = kW == Weight::bf16 ? 1 : 2;
+#pragma unroll 1
+  for (int turn = 0; turn < kChainTurns; ++turn) {  // as many for each lane: they multiply together
+    const int at = turn * step;
+    multiply<kW>(sum[0], at < w_left ? shared16(w + at * kChainPiece) : uint4{},
+                 at < x_left ? x_piece_at<kW>(x + at * kChainPiece * kWide) : uint4{});
   }
 }
 
-// The sums of up to kMaxGroups / R groups: each thread adds the warps' parts of one of their values, in order.
+// The sums of up to kMaxGroups / R groups: of each column the warps' parts, in order, then of each row its columns.
 struct GroupSums {
-  struct Group {
-    const ChainSegment* segment;
-    int row, count;
-  };
   static constexpr int kPad = 8;  // so that groups lie in different banks
-  float part[kMaxGroups * (kChainWarps * kChainGroup + kPad)];
-  Group group[kMaxGroups];
+  float part[kMaxGroups * (kChainWarps * kChainColumns + kPad)];
+  float before[kMaxGroups * kChainColumns], scale[kMaxGroups * kChainColumns];  // of y, where it is added to; of rows
+  int group[kMaxGroups];
 
-  __device__ static int stride(int R) { return kChainWarps * kChainGroup * R + kPad; }
+  __device__ static constexpr int stride(int R) { return kChainWarps * kChainColumns * R + kPad; }
+
+  // Asks for what finish needs of group i, by the threads of one warp.
+  __device__ void begin(const ChainProduct& link, const ChainSegment& segment, int i, int which) {
+    const int lane = threadIdx.x % 32, column = lane % kChainColumns, r = lane / kChainColumns;
+    if (lane == 0) group[i] = which;
+    const float *const adds = link.before, *const scales = segment.scale;
+    const int R = link.R, rows = segment.rows, n = (which - segment.first) * segment.group + column;
+    if (r >= R || column >= segment.group || n >= rows) return;
+    if (adds) copy4(shared_address(before + (i * R + r) * kChainColumns + column), adds + r * int64_t(rows) + n);
+    if (scales && r == 0) copy4(shared_address(scale + i * kChainColumns + column), scales + n);
+    commit_copies();
+  }
+
   __device__ void finish(const ChainProduct& link, const TakenX& taken, int groups) const {
-    const int R = link.R;
-    const Finish finish = link.finish;
-    const int values = kChainGroup * R, i = threadIdx.x / values, at = threadIdx.x % values;
-    if (i >= groups) return;
-    const int r = at / kChainGroup, column = at % kChainGroup;
-    if (column >= group[i].count) return;
-    const ChainSegment& segment = *group[i].segment;
-    const int64_t n = group[i].row + column, to = int64_t(r) * segment.rows + n;
-    const float scale = segment.scale ? __ldg(segment.scale + n) : 1.0f;
-    const bool adds = finish == Finish::add;
-    float* const y = static_cast<float*>(segment.y) + to;
-    const float before = adds ? __ldcg(y) : 0.0f;
-    float v = 0;
+    static_assert(kChainRows == 2 && kChainColumns == 8);
+    const int R = link.R, shift = 2 + R, at = threadIdx.x & ((1 << shift) - 1), turn = threadIdx.x >> shift;
+    const int r = at / kChainColumns, column = at % kChainColumns;
+    for (int first = 0; first < groups; first += kChainTakers >> shift) {
+      const int i = min(first + turn, groups - 1);
+      const ChainSegment& segment = segment_of(link, group[i]);
+      const int n = (group[i] - segment.first) * segment.group + column;
+      float v = 0;
 #pragma unroll
-    for (int j = 0; j < kChainWarps; ++j) v += part[i * stride(R) + j * values + at];
-    if (segment.scale) v *= scale * taken.factor[(link.inputs > 1 ? segment.input * R : 0) + r];
-    if (finish == Finish::relu2) v = v > 0 ? v * v : v < 0 ? 0 : v * 0;  // a NaN stays one
-    if (adds || segment.f32)
-      *y = before + v;
-    else
-      static_cast<__nv_bfloat16*>(segment.y)[to] = __float2bfloat16_rn(v);
+      for (int j = 0; j < kChainWarps; ++j) v += part[i * stride(R) + (j << shift) + at];
+      const float other = __shfl_xor_sync(0xffffffffu, v, 4, kChainColumns);  // all lanes: their groups may differ
+      if (segment.group == 4) v += other;
+      if (first + turn >= groups || column >= segment.group || n >= segment.rows) continue;
+      if (segment.scale)
+        v *= scale[i * kChainColumns + column] * taken.factor[(link.inputs > 1 ? segment.input * R : 0) + r];
+      if (link.finish == Finish::relu2) v = v > 0 ? v * v : v < 0 ? 0 : v * 0;  // a NaN stays one
+      if (link.before) v += before[(i * R + r) * kChainColumns + column];
+      const int64_t to = r * int64_t(segment.rows) + n;
+      if (segment.f32) {
+        if (segment.passed) store_value(static_cast<float*>(segment.passed) + to, v);
+        if (segment.y) static_cast<float*>(segment.y)[to] = v;
+      } else {
+        if (segment.passed) store_value(static_cast<__nv_bfloat16*>(segment.passed) + to, v);
+        if (segment.y) static_cast<__nv_bfloat16*>(segment.y)[to] = __float2bfloat16_rn(v);
+      }
+    }
   }
 };
 
-// What a taker keeps from link to link.
+// What a taker keeps from group to group.
 struct Taker {
   GroupSums& parts;
   const TakenX& taken;
-  uint32_t x_shared, ring, full, empty;
-  int slots;
+  const Ring& ring;
+  uint32_t x_shared;
   RingAt at;
   int groups = 0;
+  // of the segment at hand
+  const ChainSegment* segment = nullptr;
+  int from = 0, to = 0;  // its groups
+  int row_bytes = 0, chunk = 0, step = 0, w_piece = 0, x_piece = 0;
+  uint32_t w_lane = 0, x_lane = 0;  // in a place of the ring, in x
+  int out = 0;                      // in the sums of a group
+  bool has = false;                 // whether the lane has them
 
-  // The product with rows row .. row + rows - 1 of a segment.
-  template <Weight kW>
-  __device__ void take(const ChainProduct& link, const ChainSegment& segment, int row, int rows) {
-    constexpr int kWide = kW == Weight::bf16 ? 1 : 2, kBytes = 3 - kWide;  // bytes of x to one of w; of a weight
+  __device__ void release() {
+    warp_arrive(ring.empty + 8 * at.slot);
+    at.advance(ring.slots);
+  }
+
+  // The two sets of columns 2 r and 2 r + 1 have different pieces, and so have neighbouring rows, which read different
+  // banks: of 4 rows each has one half of the pieces in its first, the other in its second place; of 8, neighbouring
+  // warps have each other's for the odd rows.
+  __device__ void begin(const ChainProduct& link, int group) {
+    segment = &segment_of(link, group);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int R = link.R, most = kMaxGroups / R, stride = GroupSums::stride(R);
-    const int pieces = link.K * kBytes / kChainPiece, chunk = min(kChainChunk / kChainPiece, pieces);
-    const uint32_t w_lane = ring + g * chain_stride(chunk * kChainPiece) + warp * kChainPiece + t * 16;
-    // Columns beyond 2 R take a row as well; nobody reads their sums.
-    const int x_row = (link.inputs > 1 ? segment.input * R : 0) + min(g / 2, R - 1);
-    const uint32_t x_lane = x_shared + (kWide > 1 ? link.half_at : 0) + x_row * link.x_stride +
-                            (warp * kChainPiece + t * 16 + g % 2 * 8) * kWide;
-    float* const mine = parts.part + (warp * R + t) * kChainGroup + g;
-    for (; rows > 0; rows -= kChainGroup, row += kChainGroup) {
-      float sum[2][4] = {};
-      for (int from = 0; from < pieces; from += chunk) {
-        const int n = pieces - from;
-        const uint32_t w = w_lane + at.slot * kChainSlot, x = x_lane + from * kChainPiece * kWide;
-        barrier_wait(full + 8 * at.slot, at.phase);
-        if (n >= kChainTurns * kChainWarps)
-          multiply_chunk<kW, true>(sum, w, x, 0);
-        else
-          multiply_chunk<kW, false>(sum, w, x, n - warp);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + 8 * at.slot);
-        at.advance(slots);
-      }
-      if (t < R) mine[groups * stride] = sum[0][0] + sum[1][0] + (sum[0][3] + sum[1][3]);
-      if (threadIdx.x == 0) parts.group[groups] = {&segment, row, min(kChainGroup, rows)};
-      if (++groups == most) {
-        chain_sync();
-        parts.finish(link, taken, groups);
-        chain_sync();
-        groups = 0;
-      }
-    }
+    const int R = link.R, rows = segment->group;
+    const auto piece = [&](int set) { return rows == 4 ? 2 * warp + set : warp ^ set; };
+    const int w_set = rows == 4 ? g / 4 ^ g % 2 : g % 2, x_set = g / 2 % 2;
+    const int times = segment->weight == Weight::bf16 ? 1 : 2;
+    from = segment->first, to = from + (segment->rows + rows - 1 >> (rows == 4 ? 2 : 3));
+    row_bytes = link.K * 2 / times, chunk = segment->chunk, step = rows == 4 ? 2 * kChainWarps : kChainWarps;
+    w_piece = piece(w_set), x_piece = piece(x_set);
+    w_lane = ring.places + (g & (rows - 1)) * chunk + w_piece * kChainPiece + t * 16;
+    // Columns beyond the last row of x take some row's values; nobody reads their sums.
+    x_lane = x_shared + (times > 1 ? link.half_at : 0) +
+             ((link.inputs > 1 ? segment->input * R : 0) + min(g / 4, R - 1)) * link.x_stride +
+             (x_piece * kChainPiece + t * 16 + g % 2 * 8) * times;
+    out = (warp * R + t / 2) * kChainColumns + g;
+    has = t / 2 < R && t % 2 == w_set;
   }
-};
 
-// f and g of a head, found from their inputs: a thread has a row of either's weights. Stored too, as the op that stands
-// for them would.
-struct FoundGates {
-  const ChainKda& a;
-  int64_t n, h;
-  float* values;  // [2 * kGateWidth] of shared memory
-
-  __device__ static float dot2(uint32_t w, uint32_t x, float sum) {
-    return fmaf(high_bf16(w), high_bf16(x), fmaf(low_bf16(w), low_bf16(x), sum));
-  }
+  // Groups of one segment, from one whose first chunk is there on. Returns the group after them.
   template <Weight kW>
-  __device__ static float dot8(uint2 w, uint4 x, float sum) {
-    sum = dot2(widen<kW>(w.x, 1), x.y, dot2(widen<kW>(w.x, 0), x.x, sum));
-    return dot2(widen<kW>(w.y, 1), x.w, dot2(widen<kW>(w.y, 0), x.z, sum));
-  }
-  template <class Sync>
-  __device__ void find(Sync sync) {
-    static_assert(kChainTakers == 2 * kGateWidth);
-    const bool of_g = threadIdx.x >= kGateWidth, wide = a.weight == Weight::bf16;
-    const int64_t row = h * kGateWidth + threadIdx.x % kGateWidth;
-    const uint4* w = reinterpret_cast<const uint4*>((of_g ? a.g_w : a.f_w) + row * (kGateWidth << wide));
-    const uint4* in = reinterpret_cast<const uint4*>((of_g ? a.g_in : a.f_in) + n * kGateWidth);
-    float sum = 0;
-    if (wide) {
-#pragma unroll
-      for (int i = 0; i < kGateWidth / 8; ++i) {
-        const uint4 v = __ldg(w + i), x = __ldcg(in + i);
-        sum = dot2(v.w, x.w, dot2(v.z, x.z, dot2(v.y, x.y, dot2(v.x, x.x, sum))));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kGateWidth / 16; ++i) {
-        const uint4 v = __ldg(w + i), x = __ldcg(in + 2 * i), y = __ldcg(in + 2 * i + 1);
-        if (a.weight == Weight::f8)
-          sum = dot8<Weight::f8>({v.z, v.w}, y, dot8<Weight::f8>({v.x, v.y}, x, sum));
+  __device__ int take_groups(const ChainProduct& link, int group) {
+    constexpr int kWide = kW == Weight::bf16 ? 1 : 2;
+    const int R = link.R, most = kMaxGroups / R, stride = GroupSums::stride(R),
+              whole = kChainTurns * step * kChainPiece;
+    do {
+      if (threadIdx.x / 32 == groups % kChainWarps) parts.begin(link, *segment, groups, group);  // each warp in turn
+      float sum[2][2][4] = {};
+      for (int byte = 0;;) {
+        const uint32_t w = w_lane + at.slot * kChainSlot, x = x_lane + byte * kWide;
+        const int bytes = min(chunk, row_bytes - byte), pieces = bytes / kChainPiece;
+        if (bytes == whole)
+          multiply_chunk<kW>(sum, w, x, step);
         else
-          sum = dot8<Weight::i8>({v.z, v.w}, y, dot8<Weight::i8>({v.x, v.y}, x, sum));
+          multiply_rest<kW>(sum, w, x, step, pieces - w_piece, pieces - x_piece);
+        release();
+        if ((byte += chunk) >= row_bytes) break;
+        wait();
       }
-      sum *= __ldg((of_g ? a.g_scale : a.f_scale) + row);
-    }
-    const __nv_bfloat16 value = __float2bfloat16_rn(sum);
-    const_cast<__nv_bfloat16*>(of_g ? a.step.g : a.step.f)[n * a.step.H * kGateWidth + row] = value;
-    values[threadIdx.x] = __bfloat162float(value);
-    sync();
+      if (has)
+        parts.part[groups * stride + out] = (sum[0][0][0] + sum[0][1][0]) + (sum[1][0][0] + sum[1][1][0]) +
+                                            ((sum[0][0][3] + sum[0][1][3]) + (sum[1][0][3] + sum[1][1][3]));
+      if (++groups == most) finish(link), chain_sync();
+      group = next_group();
+    } while (group >= from && group < to);
+    return group;
   }
-  __device__ float f(int channel) const { return values[channel]; }
-  __device__ float g(int channel) const { return values[kGateWidth + channel]; }
-};
 
-// To the second-level cache: what the takers will read first of this link, and of the next.
-__device__ inline void fetch(const void* from, int64_t bytes) {
-  for (int64_t byte = threadIdx.x * 128; byte < bytes; byte += kChainTakers * 128)
-    prefetch_l2(static_cast<const char*>(from) + byte);
-}
-__device__ inline void fetch_scales(const ChainProduct& link) {
-  for_segments(link, [&](const ChainSegment& segment, int row, int rows) {
-    if (segment.scale)
-      for (int r = threadIdx.x; r < rows; r += kChainTakers) prefetch_l2(segment.scale + row + r);
-  });
-}
-__device__ inline void fetch_next(const ChainLink& next) {
-  if (!next.is_kda) {
-    if (next.product.norm) fetch(next.product.norm, int64_t(next.product.K) * 4);
-    return;
+  __device__ void wait() { barrier_wait(ring.full + 8 * at.slot, at.phase); }
+  __device__ int next_group() {
+    wait();
+    return ring.group[at.slot];
   }
-  const ChainKda& kda = next.kda;
-  const KdaDecodeArgs& k = kda.step;
-  for (int head = blockIdx.x; head < k.N * k.H; head += gridDim.x) {
-    const int64_t slot = k.in[head / k.H], h = head % k.H;
-    if (slot >= 0) fetch(k.state + (slot * k.H + h) * k.K * k.V, int64_t(k.K) * k.V * 4);
-    fetch(k.q_conv + h * k.K * 4, k.K * 16);
-    fetch(k.k_conv + h * k.K * 4, k.K * 16);
-    fetch(k.v_conv + h * k.V * 4, k.V * 16);
-    if (!kda.f_w) continue;
-    const int64_t bytes = kGateWidth * (kGateWidth << (kda.weight == Weight::bf16));
-    fetch(kda.f_w + h * bytes, bytes);
-    fetch(kda.g_w + h * bytes, bytes);
+
+  template <Weight kEight>
+  __device__ void take(const ChainProduct& link) {
+    for (int group = next_group(); group >= 0;) {
+      begin(link, group);
+      if (kEight == Weight::bf16 || segment->weight == Weight::bf16)
+        group = take_groups<Weight::bf16>(link, group);
+      else
+        group = take_groups<kEight>(link, group);
+    }
+    release();
+    finish(link);
   }
-}
+  // Ends while threads may still read the sums.
+  __device__ void finish(const ChainProduct& link) {
+    wait_copies<0>();
+    chain_sync();
+    parts.finish(link, taken, groups);
+    groups = 0;
+  }
+};
 
 #endif
 
+// kEight: the type of those weights that have 8 bits; bf16: none. Code is not read faster than weights: what is not
+// needed is not there.
+template <Weight kEight>
 static __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __grid_constant__ Chain a) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t shared[];
@@ -442,85 +536,35 @@ static __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __
   __shared__ __align__(16) uint8_t read[4][sizeof(ChainLink)];  // three links of the takers', one of the stream's
   __shared__ TakenX taken;
   __shared__ GroupSums parts;
+  __shared__ HeadShared heads;
+  __shared__ int group[kMaxSlots];
   const int tid = threadIdx.x;
-  const uint32_t full = shared_address(barriers), empty = full + 8 * kMaxSlots;
-  const uint32_t x_shared = shared_address(shared), ring = x_shared + a.x_bytes;
+  const uint32_t full = shared_address(barriers), empty = full + 8 * kMaxSlots, x_shared = shared_address(shared);
+  const Ring ring{x_shared + a.x_bytes, full, empty, group, a.slots};
   const auto read_link = [&](int i) -> ChainLink& { return *reinterpret_cast<ChainLink*>(read[i]); };
   LinkReader reader{a};
   if (tid < 32) reader.load(0), reader.store(read_link(0)), reader.load(1);
   if (tid == 0) {
     for (int i = 0; i < a.slots; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, kChainWarps);
+      barrier_init(empty + 8 * i, kChainWarps * kWarpArrivals);
     }
     barriers_made();
   }
   __syncthreads();
-  if (tid >= kChainTakers) return stream_weights(a, &read_link(3), ring, full, empty);
+  if (tid >= kChainTakers) return stream_weights(a, &read_link(3), ring);
 
-  const int blocks = gridDim.x, links = a.links;
-  unsigned* const arrived_at = a.arrived;
-  Taker taker{parts, taken, x_shared, ring, full, empty, a.slots};
-  for (int i = 0; i < links; ++i) {
-    const ChainLink &here = read_link(i % 3), &next = read_link((i + 1) % 3);
+  Taker taker{parts, taken, ring, x_shared};
+  for (int i = 0; i < a.links; ++i) {
+    const ChainLink& here = read_link(i % 3);
     if (tid < 32) reader.store(read_link((i + 1) % 3)), reader.load(i + 2);
-    const auto wait = [&] {
-      if (tid == 0 && i > 0) {
-        while (load_acquired(arrived_at) < unsigned(i * blocks)) {
-        }
-      }
-      chain_sync();
-    };
-    const auto arrive = [&] {
-      chain_sync();
-      if (tid == 0) {
-        if (i + 1 < links) {
-          add_released(arrived_at, 1);
-        } else {
-          __threadfence();
-          if (atomicAdd(arrived_at, 1u) == unsigned(links * blocks - 1)) *arrived_at = 0;  // for the next launch
-        }
-      }
-    };
     if (!here.is_kda) {
-      const ChainProduct& link = here.product;
-      fetch_scales(link);
-      take_x(link, shared, taken, wait);
-      if (i + 1 < links) fetch_next(next);
-      for_segments(link, [&](const ChainSegment& segment, int row, int rows) {
-        switch (segment.weight) {
-          case Weight::bf16: return taker.take<Weight::bf16>(link, segment, row, rows);
-          case Weight::f8: return taker.take<Weight::f8>(link, segment, row, rows);
-          case Weight::i8: return taker.take<Weight::i8>(link, segment, row, rows);
-        }
-      });
-      chain_sync();
-      parts.finish(link, taken, taker.groups);
-      taker.groups = 0;
-      arrive();
+      take_x<kEight>(here.product, shared, taken);
+      taker.take<kEight>(here.product);
       continue;
     }
-    const ChainKda& kda = here.kda;
-    const int heads = kda.step.N * kda.step.H;
-    for (int head = blockIdx.x; head < heads; head += blocks) {
-      const int n = head / kda.step.H, h = head % kda.step.H;
-      const auto sync = [] { chain_sync(); };
-      const auto first = [&] {
-        if (head == int(blockIdx.x)) wait();
-      };
-      const auto done = [&] {
-        if (head + blocks >= heads) arrive();
-      };
-      if (kda.f_w)
-        kda_decode_head<128, 128, 1, kChainTakers, true>(kda.step, n, h, 0, FoundGates{kda, n, h, parts.part}, sync,
-                                                         first, done);
-      else
-        kda_decode_head<128, 128, 1, kChainTakers, true>(kda.step, n, h, 0, StoredGates{kda.step, n, h}, sync, first,
-                                                         done);
-      chain_sync();
-    }
-    if (int(blockIdx.x) >= heads) wait(), arrive();
-    if (i + 1 < links && next.is_kda) fetch_next(next);
+    take_heads<kEight>(here.kda, heads);
+    chain_sync();
   }
 #endif
 }

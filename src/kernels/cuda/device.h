@@ -20,6 +20,7 @@ struct Device {
   cudaStream_t stream = nullptr, copy_stream = nullptr;
   cudaEvent_t copied = nullptr, computed = nullptr;  // where either stream waits for the other
   unsigned* tickets = nullptr;  // zeros, kTickets of them: where the blocks of a launch count who comes last
+  void* chain_memory = nullptr;                      // kChainMemory bytes, from sm_90 on (chain.cu)
   void* bounce = nullptr;                            // pinned: small copies to the host go through it
   // Handles and plans of the libraries, made by the files that use them, at first use.
   std::shared_ptr<void> gemm, attention, upload;
@@ -37,6 +38,7 @@ struct Device {
 
 inline constexpr size_t kBounceBytes = 64 << 10;
 inline constexpr size_t kTickets = 1024;
+inline constexpr size_t kChainMemory = size_t(8) << 20;
 
 inline Device& device_of(const Context& ctx) { return *static_cast<Device*>(ctx.device.get()); }
 void launch_chain(const Context&);

@@ -129,37 +129,21 @@ __device__ inline float norm_factor(const float* sums, float eps) {
   return rsqrtf(total_of<V / 4>(sums) / float(V) + eps);
 }
 
-// f and g of a head, as they were stored.
-struct StoredGates {
-  const KdaDecodeArgs& a;
-  int64_t n, h;
-  template <class Sync>
-  __device__ void find(Sync) {}
-  __device__ float f(int channel) const { return __bfloat162float(__ldcg(a.f + (n * a.H + h) * a.K + channel)); }
-  __device__ float g(int channel) const { return __bfloat162float(__ldcg(a.g + (n * a.H + h) * a.V + channel)); }
-};
-
-// Head h of sequence n by kThreads threads, each of which holds kDepth rows' pieces: 8 lanes to a row. What was
-// computed before is read past the first-level cache, for a block that lives longer than one step (chain_kernel). sync:
-// a barrier of the kThreads; all of them call wait, which returns when what this step takes is there, and done, when y
-// is written. kAhead: nothing before wait writes slots, states or windows, so they are read before it, and written
-// after done. gates: StoredGates, or what finds f and g here. kShare, share: 1 and 0; heads that several blocks share
-// are kda_decode_few.cuh's.
-template <int K, int V, int kShare, int kThreads, bool kAhead, class Gates, class Sync, class Wait, class Done>
-__device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, int /*share*/, Gates gates, Sync sync,
-                                Wait wait, Done done) {
+// A block has a head: a thread kDepth rows' pieces of its state, 8 lanes to a row, and a channel of q, k and v.
+template <int K, int V, int kThreads>
+__global__ void __launch_bounds__(kThreads, 512 / kThreads) kda_decode_kernel(const __grid_constant__ KdaDecodeArgs a) {
   constexpr int kPass = kThreads / 8, kDepth = V / kPass, kPieces = K / 32;
-  static_assert(kShare == 1 && V % kPass == 0 && kThreads >= K && kThreads >= V);
+  static_assert(V % kPass == 0 && kThreads >= K && kThreads >= V);
   __shared__ __align__(16) float q[K], k[K], decay[K], v[V], o[V], sums[V / 4];
   __shared__ float beta_shared;
   const int tid = threadIdx.x;
-  const int64_t H = a.H, channels = H * (2 * K + V);
+  const int64_t n = blockIdx.x / a.H, h = blockIdx.x % a.H, H = a.H, channels = H * (2 * K + V);
   const bool takes_q = tid < K, takes_v = tid < V;
   constexpr bool kBoth = kThreads < 2 * K;  // a thread has a channel of q and one of k
   const bool takes_k = kBoth ? tid < K : tid >= kThreads - K;
   const int kc = kBoth ? tid : tid - (kThreads - K);
 
-  // Of the weights nothing changes between launches. The slot may: what is read here is only a guess.
+  // Of the weights nothing changes between launches.
   float4 q_taps{}, k_taps{}, v_taps{};
   float dt = 0, A = expf(a.A_log[h]);
   if (takes_q) q_taps = reinterpret_cast<const float4*>(a.q_conv)[h * K + tid];
@@ -167,38 +151,30 @@ __device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, in
   if (takes_v) v_taps = reinterpret_cast<const float4*>(a.v_conv)[h * V + tid];
   const int row0 = tid / 8;
   const int64_t piece = (h * V + row0) * K + (tid % 8) * 4;
-  const auto known = [&](const int32_t* p) { return int64_t(*reinterpret_cast<const volatile int32_t*>(p)); };
-  if constexpr (!kAhead) wait();
-  const int64_t in = known(a.in + n), out = known(a.out + n);
+  release_next();
+  wait_for_previous();
+  const int64_t in = a.in[n], out = a.out[n];
 
   // ---- loads: the state, then what the gates need
   float4 S[kDepth][kPieces];
-  if (in >= 0) {
-    const float* at = a.state + in * H * V * K + piece;
+  const float* from = a.state + in * H * V * K + piece;
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d)
+  for (int d = 0; d < kDepth; ++d)
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) S[d][p] = __ldcs(reinterpret_cast<const float4*>(at + d * kPass * K + p * 32));
-  } else {
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d)
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p) S[d][p] = float4{};
-  }
+    for (int p = 0; p < kPieces; ++p)
+      S[d][p] = in < 0 ? float4{} : __ldcs(reinterpret_cast<const float4*>(from + d * kPass * K + p * 32));
   ConvChannel cq, ck, cv;
-  float f = 0, b = 0, gate = 0, gb = 0, ow = 0;
+  float f = 0, gate = 0, gb = 0, ow = 0;
   const int64_t vc = h * V + tid;
-  if (takes_q) cq.load_past(a, in, channels, h * K + tid);
-  if (takes_k) ck.load_past(a, in, channels, (H + h) * K + kc);
-  if (takes_v) cv.load_past(a, in, channels, 2 * H * K + vc), gb = a.g_bias[vc], ow = a.o_norm[tid];
-  if constexpr (kAhead) wait();
-  if (takes_q) cq.load_new(a.q + (n * H + h) * K + tid);
-  if (takes_k) ck.load_new(a.k + (n * H + h) * K + kc);
-  if (takes_v) cv.load_new(a.v + n * H * V + vc);
-  gates.find(sync);
-  if (takes_k) f = gates.f(kc);
-  if (takes_v) gate = gates.g(tid);
-  if (tid == 0) b = __bfloat162float(__ldcg(a.b + n * H + h));
+  if (takes_q) cq.load_past(a, in, channels, h * K + tid), cq.load_new(a.q + (n * H + h) * K + tid);
+  if (takes_k) {
+    ck.load_past(a, in, channels, (H + h) * K + kc), ck.load_new(a.k + (n * H + h) * K + kc);
+    f = __bfloat162float(a.f[(n * H + h) * K + kc]);
+  }
+  if (takes_v) {
+    cv.load_past(a, in, channels, 2 * H * K + vc), cv.load_new(a.v + n * H * V + vc);
+    gate = __bfloat162float(a.g[n * H * V + vc]), gb = a.g_bias[vc], ow = a.o_norm[tid];
+  }
 
   // ---- convolutions, gates
   if (takes_q) q[tid] = cq.silu(q_taps);
@@ -207,20 +183,17 @@ __device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, in
     decay[kc] = decay_of(a.gate, A, f + dt);
   }
   if (takes_v) v[tid] = cv.silu(v_taps);
-  if (tid == 0) beta_shared = a.gate.beta_scale * sigmoid(b);
+  if (tid == 0) beta_shared = a.gate.beta_scale * sigmoid(__bfloat162float(a.b[n * H + h]));
   const float y_gate = ow * sigmoid(gate + gb);
-  sync();
+  __syncthreads();
 
   // ---- recurrence
   float* to = a.state + (out < 0 ? 0 : out) * H * V * K + piece;
-  const auto keep = [&](int d, int p) {
-    if (out >= 0) __stcs(reinterpret_cast<float4*>(to + d * kPass * K + p * 32), S[d][p]);
-  };
   float mine[kDepth];
   step_rows(
       S, decay, k, q, tid % 8 * 4, beta_shared, [&](int d) { return v[row0 + d * kPass]; },
       [&](int d, int p) {
-        if constexpr (!kAhead) keep(d, p);
+        if (out >= 0) __stcs(reinterpret_cast<float4*>(to + d * kPass * K + p * 32), S[d][p]);
       },
       mine);
 #pragma unroll
@@ -229,32 +202,13 @@ __device__ void kda_decode_head(const KdaDecodeArgs& a, int64_t n, int64_t h, in
     if (tid % 8 == 0) o[row0 + d * kPass] = mine[d];
     if (tid % 32 == 0) sums[(row0 + d * kPass) / 4] = sum;
   }
-  sync();
+  __syncthreads();
 
   // ---- gated norm
   if (takes_v) a.y[n * H * V + vc] = __float2bfloat16_rn(o[tid] * norm_factor<V>(sums, a.eps) * y_gate);
-  done();
-  if constexpr (kAhead) {
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p)
-#pragma unroll
-      for (int d = 0; d < kDepth; ++d) keep(d, p);
-  }
   if (takes_v) cv.store(a, out, channels, 2 * H * K + vc);
   if (takes_q) cq.store(a, out, channels, h * K + tid);
   if (takes_k) ck.store(a, out, channels, (H + h) * K + kc);
-}
-
-template <int K, int V, int kThreads>
-__global__ void __launch_bounds__(kThreads, 512 / kThreads) kda_decode_kernel(const __grid_constant__ KdaDecodeArgs a) {
-  const int64_t n = blockIdx.x / a.H, h = blockIdx.x % a.H;
-  kda_decode_head<K, V, 1, kThreads, false>(
-      a, n, h, 0, StoredGates{a, n, h}, [] { __syncthreads(); },
-      [] {
-        release_next();
-        wait_for_previous();
-      },
-      [] {});
 }
 
 }  // namespace kda::cuda

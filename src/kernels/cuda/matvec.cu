@@ -39,7 +39,6 @@ __global__ void __launch_bounds__(256) matvec_any_kernel(const __grid_constant__
   }
 }
 
-Weight weight_of(Dtype d) { return d == Dtype::bf16 ? Weight::bf16 : d == Dtype::f8_e4m3 ? Weight::f8 : Weight::i8; }
 int stage_k_of(Weight w) { return w == Weight::bf16 ? kStageK<Weight::bf16> : kStageK<Weight::f8>; }
 
 // What one launch takes, before it is cut into blocks of kMaxColumns rows of x.

@@ -5,9 +5,9 @@
 // link after link, as far ahead as the ring goes, so that the memory is busy while the links' ends and beginnings wait
 // for each other. Most rows of a link are dealt out beforehand; the rest go to the blocks that the memory serves
 // faster. The other warps, the takers, do the links. There is no barrier between blocks: what a link gives the next
-// lies in memory full of marks before, and a value is there when it is none. Weights are the matrix unit's 16 rows, as
-// 8 / P rows by P parts of K, rows of x by the same parts its 8 columns. The warps share a chunk, and all sums are
-// added in one order, whichever block has a row.
+// lies in memory full of marks before, and a value is there when it is none. Weights are the matrix unit's rows: 8 of
+// them, or 4 in two parts of K; rows of x are its columns. The warps share a chunk, and all sums are added in one order,
+// whichever block has a row.
 #pragma once
 #include <cuda_fp16.h>
 

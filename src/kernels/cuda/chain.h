@@ -2,8 +2,8 @@
 //
 // While a step is recorded, ops that can join the chain wait until another op, or the recording's end, launches them.
 // Outside of a recording each is launched at once, as a chain of one.
-// Memory that several of them write in turn is written by the last one only: an op must not read what is left of a tensor
-// of which a later one has overwritten a part.
+// Memory that several of them write in turn is written by the last one only: an op must not read what is left of a
+// tensor of which a later one has overwritten a part.
 #pragma once
 #include <span>
 

@@ -6,8 +6,8 @@
 // for each other. Most rows of a link are dealt out beforehand; the rest go to the blocks that the memory serves
 // faster. The other warps, the takers, do the links. There is no barrier between blocks: what a link gives the next
 // lies in memory full of marks before, and a value is there when it is none. Weights are the matrix unit's rows: 8 of
-// them, or 4 in two parts of K; rows of x are its columns. The warps share a chunk, and all sums are added in one order,
-// whichever block has a row.
+// them, or 4 in two parts of K; rows of x are its columns. The warps share a chunk, and all sums are added in one
+// order, whichever block has a row.
 #pragma once
 #include <cuda_fp16.h>
 

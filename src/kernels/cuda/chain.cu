@@ -193,8 +193,7 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
     (wide ? link.wide : link.eight) = true;
     if (s.w.w.dim(1) != K || !s.x.data == own || (K << wide) % kChainPiece || !aligned(s.w.w.data)) return false;
     if (own) in.push_back({s.x.data, size_t(R * K * 2)});
-    // As many rows to a group as lie in one chunk, or 4; their pieces of K are the matrix unit's other columns, and as
-    // many rows of x its rows.
+    // 8 rows to a group where a chunk holds them whole, else 4.
     const int64_t bytes = K << wide, rows = s.w.w.dim(0), group = 8 * bytes > kChainSlot ? 4 : 8;
     const int64_t part = kChainPiece * 8 / group, chunk = kChainSlot / group / part * part;
     if (rows > 1 << 30) return false;
@@ -249,11 +248,11 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
 
 bool chain_kda_decode(Context& ctx, const KdaDecodeArgs& a) {
   Device& device = device_of(ctx);
-  if (!device.chain_waits || a.N < 1 || a.N > kChainRows || a.K != 128 || a.V != 128) return false;
+  if (!device.chain_waits || a.N < 1 || a.N > kChainRows || a.K != kGateWidth || a.V != kGateWidth) return false;
   Pending& p = pending(device);
   Chain& chain = p.chain;
   const bool gates = gives_gates(chain, a);
-  const auto vectors = size_t(a.N * a.H) * 128 * 2;
+  const auto vectors = size_t(a.N * a.H) * kGateWidth * 2;
   std::vector<Range> in{{a.q, vectors}, {a.k, vectors}, {a.v, vectors}};
   if (!gates) in.insert(in.end(), {{a.f, vectors}, {a.g, vectors}});
   in.push_back({a.b, size_t(a.N * a.H) * 2});

@@ -181,7 +181,6 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
     in.push_back({segments[0].x.data ? segments[0].x.data : x.data, size_t(R * K * 2)});
   }
   if (K > 1 << 16) return false;
-  link.x_stride = int(K * 2 % 128 ? K * 2 : K * 2 + 64);  // rows in different banks
   int64_t groups = 0;
   Weight eight = Weight::bf16;
   for (size_t i = 0; i < segments.size(); ++i) {
@@ -195,7 +194,8 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
     if (own) in.push_back({s.x.data, size_t(R * K * 2)});
     // 8 rows to a group where a chunk holds them whole, else 4.
     const int64_t bytes = K << wide, rows = s.w.w.dim(0), group = 8 * bytes > kChainSlot ? 4 : 8;
-    const int64_t part = kChainPiece * 8 / group, chunk = kChainSlot / group / part * part;
+    const int64_t chunk = kChainTurns * kChainWarps * kChainPiece * 8 / group;
+    link.x_width = std::max(link.x_width, int(ceil_div(bytes, chunk) * chunk >> wide));
     if (rows > 1 << 30) return false;
     link.segment[i] = {.w = static_cast<const uint8_t*>(s.w.w.data),
                        .scale = s.w.scale.data ? s.w.scale.as<float>() : nullptr,
@@ -212,6 +212,7 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
     if (groups > 1 << 30) return false;
   }
   if (groups == 0) return true;
+  link.x_stride = int(link.x_width * 2 % 128 ? link.x_width * 2 : link.x_width * 2 + 64);  // rows in different banks
   const int64_t x_rows = link.inputs * R * link.x_stride;
   link.half_at = link.wide && link.eight ? int(x_rows) : 0;
   const int64_t x_bytes = link.half_at + x_rows + (norm ? (R + 1) * K * 4 : 0);

@@ -43,7 +43,7 @@ struct ChainSegment {
 struct ChainProduct {
   int segments;
   int groups, fixed;  // of rows; how many of them each block has, the rest go to whoever is free
-  int R, K, inputs, x_stride;
+  int R, K, inputs, x_stride, x_width;
   Finish finish;
   bool wide, eight;  // weights of bf16, of 8 bits are among them
   uint8_t awaited;   // inputs, a bit for each, that a link before gives

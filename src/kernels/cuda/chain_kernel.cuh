@@ -60,11 +60,20 @@ __device__ inline const ChainSegment& segment_of(const ChainProduct& link, int g
   return link.segment[s];
 }
 
-struct Ring {
-  uint32_t places, full, empty;  // shared memory, barriers
-  volatile int* group;           // which a place holds a chunk of; -1: the link has no more for this block
-  int slots;
+// A place of the ring: its barriers, and which group it holds a chunk of; -1: the link has no more for this block.
+struct RingShared {
+  uint64_t full[kMaxSlots], empty[kMaxSlots], group[kMaxSlots];
 };
+struct Ring {
+  uint32_t places, shared;  // in shared memory: what the ring holds, RingShared
+  int slots;
+
+  __device__ uint32_t full(int slot) const { return shared + 8 * slot; }
+  __device__ uint32_t empty(int slot) const { return shared + 8 * (kMaxSlots + slot); }
+  __device__ uint32_t group(int slot) const { return shared + 8 * (2 * kMaxSlots + slot); }
+};
+// So that the compiler keeps the address: it would find it anew each time, from a register that is slow to read.
+__device__ inline uint32_t kept(uint32_t address) { return __shfl_sync(0xffffffffu, address, 0); }
 
 // To the second-level cache, by the lanes of a warp in turn: what the takers will read of a link beside its weights.
 struct Fetcher {
@@ -113,8 +122,8 @@ __device__ inline void stream_weights(const Chain& a, ChainLink* here, const Rin
   RingAt at, behind;
   int issued = 0;
   const auto take_place = [&] {
-    barrier_wait(ring.empty + 8 * at.slot, at.phase ^ 1);
-    if (issued++ >= kChainFlight) barrier_wait(ring.full + 8 * behind.slot, behind.phase), behind.advance(slots);
+    barrier_wait(ring.empty(at.slot), at.phase ^ 1);
+    if (issued++ >= kChainFlight) barrier_wait(ring.full(behind.slot), behind.phase), behind.advance(slots);
   };
   for (int i = 0; i < links; ++i) {
     __syncwarp();
@@ -147,23 +156,23 @@ __device__ inline void stream_weights(const Chain& a, ChainLink* here, const Rin
         const int bytes = min(chunk, row_bytes - byte);
         take_place();
         if (lane == 0) {
-          ring.group[at.slot] = group;
-          barrier_expect(ring.full + 8 * at.slot, bytes * count);
+          shared_store(ring.group(at.slot), group);
+          barrier_expect(ring.full(at.slot), bytes * count);
         }
         __syncwarp();
         if (lane < (whole ? 1 : count))
           asm volatile(
               "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
               "%4;" ::"r"(ring.places + at.slot * kChainSlot + lane * chunk),
-              "l"(from + byte), "r"(whole ? bytes * count : bytes), "r"(ring.full + 8 * at.slot), "l"(policy)
+              "l"(from + byte), "r"(whole ? bytes * count : bytes), "r"(ring.full(at.slot)), "l"(policy)
               : "memory");
         at.advance(slots);
       }
     }
     take_place();
     if (lane == 0) {
-      ring.group[at.slot] = -1;
-      barrier_arrive(ring.full + 8 * at.slot);
+      shared_store(ring.group(at.slot), -1);
+      barrier_arrive(ring.full(at.slot));
     }
     at.advance(slots);
   }
@@ -233,6 +242,11 @@ __device__ inline void take_x(const ChainProduct& link, uint8_t* shared, TakenX&
   constexpr bool kSome = kEight != Weight::bf16;
   const bool wide = !kSome || link.wide, eight = kSome && link.eight;
   uint8_t* const halves = shared + link.half_at;
+  const int pad = (link.x_width - K) / 8;
+  for (int row = 0; pad && row < link.inputs * R; ++row)
+    for (int i = tid; i < pad; i += kChainTakers)
+      reinterpret_cast<uint4*>(shared + row * stride + K * 2)[i] =
+          reinterpret_cast<uint4*>(halves + row * stride + K * 2)[i] = {};
   if (link.residual) {
     uint8_t* const raw = halves + R * stride;
     float4* const weights = reinterpret_cast<float4*>(raw + int64_t(R) * K * 4);
@@ -319,9 +333,10 @@ template <Weight kW>
 __device__ inline uint32_t half2_at(uint32_t word, int i) {
   uint32_t h;
   if constexpr (kW == Weight::f8) {
-    asm("{ .reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low; }"
-        : "=r"(h)
-        : "r"(i ? word >> 16 : word));
+    if (i == 0)
+      asm("{ .reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(h) : "r"(word));
+    else
+      asm("{ .reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high; }" : "=r"(h) : "r"(word));
   } else {  // the bytes, less their sign's weight, behind 1024: the last bits of its fp16
     const uint32_t bits = __byte_perm(word ^ 0x80808080u, 0x64646464u, i ? 0x4342 : 0x4140);
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(h) : "r"(bits), "r"(0x64806480u));
@@ -346,32 +361,6 @@ __device__ inline uint4 x_piece_at(uint32_t from) {
   if constexpr (kW != Weight::bf16) return shared16(from);
   const uint2 pair = shared8(from);
   return {pair.x, pair.y, 0, 0};
-}
-
-// Adds what this warp's pieces of a whole chunk give. w and x: where the lane's first piece lies; it takes every
-// `step`-th of its row.
-template <Weight kW>
-__device__ inline void multiply_chunk(float (&sum)[2][2][4], uint32_t w, uint32_t x, int step) {
-  constexpr int kWide = kW == Weight::bf16 ? 1 : 2;
-  uint4 v[kChainTurns], y[kChainTurns];
-#pragma unroll
-  for (int j = 0; j < kChainTurns; ++j) {
-    v[j] = shared16(w + j * step * kChainPiece);
-    y[j] = x_piece_at<kW>(x + j * step * kChainPiece * kWide);
-  }
-#pragma unroll
-  for (int j = 0; j < kChainTurns; ++j) multiply<kW>(sum[j % 2], v[j], y[j]);
-}
-// The same for one that ends `w_left` or `x_left` pieces after the first: zeros from there on.
-template <Weight kW>
-__device__ inline void multiply_rest(float (&sum)[2][2][4], uint32_t w, uint32_t x, int step, int w_left, int x_left) {
-  constexpr int kWide = kW == Weight::bf16 ? 1 : 2;
-#pragma unroll 1
-  for (int turn = 0; turn < kChainTurns; ++turn) {  // as many for each lane: they multiply together
-    const int at = turn * step;
-    multiply<kW>(sum[0], at < w_left ? shared16(w + at * kChainPiece) : uint4{},
-                 at < x_left ? x_piece_at<kW>(x + at * kChainPiece * kWide) : uint4{});
-  }
 }
 
 // The sums of up to kMaxGroups / R groups: of each column the warps' parts, in order, then of each row its columns.
@@ -425,102 +414,113 @@ struct GroupSums {
   }
 };
 
-// What a taker keeps from group to group.
-struct Taker {
-  GroupSums& parts;
-  const TakenX& taken;
-  const Ring& ring;
-  uint32_t x_shared;
-  RingAt at;
-  int groups = 0;
-  // of the segment at hand
-  const ChainSegment* segment = nullptr;
+// What a taker keeps from group to group of a segment.
+template <Weight kEight>
+struct TakenRows {
+  const ChainSegment* segment;
   int from = 0, to = 0;  // its groups
-  int row_bytes = 0, chunk = 0, step = 0, w_piece = 0, x_piece = 0;
-  uint32_t w_lane = 0, x_lane = 0;  // in a place of the ring, in x
-  int out = 0;                      // in the sums of a group
-  bool has = false;                 // whether the lane has them
-
-  __device__ void release() {
-    warp_arrive(ring.empty + 8 * at.slot);
-    at.advance(ring.slots);
-  }
+  int row_bytes, chunk, stride, w_piece;
+  uint32_t w, x_at;         // the lane's first piece of a row, in the ring's first place, and of x
+  uint32_t out;             // the sum that the lane has, of the first group; 0: none
+  bool eight, kept;
+  uint4 x[kChainTurns];  // where a row is one chunk, what the lane multiplies with
 
   // The two sets of columns 2 r and 2 r + 1 have different pieces, and so have neighbouring rows, which read different
   // banks: of 4 rows each has one half of the pieces in its first, the other in its second place; of 8, neighbouring
   // warps have each other's for the odd rows.
-  __device__ void begin(const ChainProduct& link, int group) {
+  __device__ void begin(const ChainProduct& link, int group, uint32_t places, uint32_t x_shared, uint32_t sums) {
     segment = &segment_of(link, group);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int R = link.R, rows = segment->group;
     const auto piece = [&](int set) { return rows == 4 ? 2 * warp + set : warp ^ set; };
-    const int w_set = rows == 4 ? g / 4 ^ g % 2 : g % 2, x_set = g / 2 % 2;
-    const int times = segment->weight == Weight::bf16 ? 1 : 2;
+    const int w_set = rows == 4 ? g / 4 ^ g % 2 : g % 2, x_piece = piece(g / 2 % 2);
+    eight = segment->weight != Weight::bf16;
+    const int wide = eight ? 2 : 1;
     from = segment->first, to = from + (segment->rows + rows - 1 >> (rows == 4 ? 2 : 3));
-    row_bytes = link.K * 2 / times, chunk = segment->chunk, step = rows == 4 ? 2 * kChainWarps : kChainWarps;
-    w_piece = piece(w_set), x_piece = piece(x_set);
-    w_lane = ring.places + (g & (rows - 1)) * chunk + w_piece * kChainPiece + t * 16;
+    row_bytes = link.K << !eight, chunk = segment->chunk;
+    stride = (rows == 4 ? 2 * kChainWarps : kChainWarps) * kChainPiece;
+    w_piece = piece(w_set);
+    w = places + (g & (rows - 1)) * chunk + w_piece * kChainPiece + t * 16;
     // Columns beyond the last row of x take some row's values; nobody reads their sums.
-    x_lane = x_shared + (times > 1 ? link.half_at : 0) +
-             ((link.inputs > 1 ? segment->input * R : 0) + min(g / 4, R - 1)) * link.x_stride +
-             (x_piece * kChainPiece + t * 16 + g % 2 * 8) * times;
-    out = (warp * R + t / 2) * kChainColumns + g;
-    has = t / 2 < R && t % 2 == w_set;
+    x_at = x_shared + (eight ? link.half_at : 0) +
+           ((link.inputs > 1 ? segment->input * R : 0) + min(g / 4, R - 1)) * link.x_stride +
+           (x_piece * kChainPiece + t * 16 + g % 2 * 8) * wide;
+    out = t / 2 < R && t % 2 == w_set ? sums + ((warp * R + t / 2) * kChainColumns + g) * 4 : 0;
+    kept = eight == (kEight != Weight::bf16) && chunk == row_bytes;
+    if (!kept) return;
+#pragma unroll
+    for (int j = 0; j < kChainTurns; ++j) x[j] = x_piece_at<kEight>(x_at + j * stride * wide);
   }
+};
 
-  // Groups of one segment, from one whose first chunk is there on. Returns the group after them.
-  template <Weight kW>
-  __device__ int take_groups(const ChainProduct& link, int group) {
-    constexpr int kWide = kW == Weight::bf16 ? 1 : 2;
-    const int R = link.R, most = kMaxGroups / R, stride = GroupSums::stride(R),
-              whole = kChainTurns * step * kChainPiece;
-    do {
-      if (threadIdx.x / 32 == groups % kChainWarps) parts.begin(link, *segment, groups, group);  // each warp in turn
-      float sum[2][2][4] = {};
-      for (int byte = 0;;) {
-        const uint32_t w = w_lane + at.slot * kChainSlot, x = x_lane + byte * kWide;
-        const int bytes = min(chunk, row_bytes - byte), pieces = bytes / kChainPiece;
-        if (bytes == whole)
-          multiply_chunk<kW>(sum, w, x, step);
-        else
-          multiply_rest<kW>(sum, w, x, step, pieces - w_piece, pieces - x_piece);
-        release();
-        if ((byte += chunk) >= row_bytes) break;
-        wait();
-      }
-      if (has)
-        parts.part[groups * stride + out] = (sum[0][0][0] + sum[0][1][0]) + (sum[1][0][0] + sum[1][1][0]) +
-                                            ((sum[0][0][3] + sum[0][1][3]) + (sum[1][0][3] + sum[1][1][3]));
-      if (++groups == most) finish(link), chain_sync();
-      group = next_group();
-    } while (group >= from && group < to);
-    return group;
+struct Taker {
+  GroupSums& parts;
+  const TakenX& taken;
+  Ring ring;
+  uint32_t x_shared, parts_shared;
+  RingAt at;
+
+  __device__ void release() {
+    warp_arrive(ring.empty(at.slot));
+    at.advance(ring.slots);
   }
-
-  __device__ void wait() { barrier_wait(ring.full + 8 * at.slot, at.phase); }
+  __device__ void wait() { barrier_wait(ring.full(at.slot), at.phase); }
   __device__ int next_group() {
     wait();
-    return ring.group[at.slot];
+    return shared_load(ring.group(at.slot));
+  }
+
+  // The lane's part of the sums of a group whose first chunk is there. kKept: which is all of it.
+  template <Weight kW, bool kKept, Weight kEight>
+  __device__ float take_group(TakenRows<kEight>& rows) {
+    constexpr int kWide = kW == Weight::bf16 ? 1 : 2;
+    float sum[2][2][4] = {};
+    for (int byte = 0;;) {
+      const int bytes = kKept ? rows.row_bytes : min(rows.chunk, rows.row_bytes - byte);
+      // Behind its last piece, which a lane then takes again, x is zeros.
+      const uint32_t w = rows.w + at.slot * kChainSlot, last = w + bytes - (rows.w_piece + 1) * kChainPiece;
+      uint4 v[kChainTurns], y[kChainTurns];
+#pragma unroll
+      for (int j = 0; j < kChainTurns; ++j) {
+        v[j] = shared16(min(w + j * rows.stride, last));
+        y[j] = kKept ? rows.x[j] : x_piece_at<kW>(rows.x_at + (byte + j * rows.stride) * kWide);
+      }
+#pragma unroll
+      for (int j = 0; j < kChainTurns; ++j) multiply<kW>(sum[j % 2], v[j], y[j]);
+      release();
+      if (kKept || (byte += rows.chunk) >= rows.row_bytes) break;
+      wait();
+    }
+    return (sum[0][0][0] + sum[0][1][0]) + (sum[1][0][0] + sum[1][1][0]) +
+           ((sum[0][0][3] + sum[0][1][3]) + (sum[1][0][3] + sum[1][1][3]));
   }
 
   template <Weight kEight>
   __device__ void take(const ChainProduct& link) {
-    for (int group = next_group(); group >= 0;) {
-      begin(link, group);
-      if (kEight == Weight::bf16 || segment->weight == Weight::bf16)
-        group = take_groups<Weight::bf16>(link, group);
-      else
-        group = take_groups<kEight>(link, group);
-    }
-    release();
-    finish(link);
-  }
-  // Ends while threads may still read the sums.
-  __device__ void finish(const ChainProduct& link) {
-    wait_copies<0>();
-    chain_sync();
-    parts.finish(link, taken, groups);
-    groups = 0;
+    const int most = kMaxGroups / link.R, stride = 4 * GroupSums::stride(link.R);
+    TakenRows<kEight> rows;
+    int group = next_group();
+    do {
+      int groups = 0, until = threadIdx.x / 32;  // the warp's turn to begin
+      uint32_t sums = 0;
+      for (; group >= 0 && groups < most; sums += stride, ++groups, group = next_group()) {
+        if (group < rows.from || group >= rows.to) rows.begin(link, group, ring.places, x_shared, parts_shared);
+        if (until-- == 0) parts.begin(link, *rows.segment, groups, group), until = kChainWarps - 1;
+        float sum;
+        if (rows.kept)
+          sum = take_group<kEight, true>(rows);
+        else if (kEight == Weight::bf16 || !rows.eight)
+          sum = take_group<Weight::bf16, false>(rows);
+        else
+          sum = take_group<kEight, false>(rows);
+        if (rows.out) shared_store(rows.out + sums, sum);
+      }
+      if (group < 0) release();
+      wait_copies<0>();
+      chain_sync();
+      parts.finish(link, taken, groups);
+      if (group >= 0) chain_sync();
+    } while (group >= 0);  // ends while threads may still read the sums
   }
 };
 
@@ -532,29 +532,28 @@ template <Weight kEight>
 static __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __grid_constant__ Chain a) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ __align__(8) uint64_t barriers[2 * kMaxSlots];
+  __shared__ RingShared ring_shared;
   __shared__ __align__(16) uint8_t read[4][sizeof(ChainLink)];  // three links of the takers', one of the stream's
   __shared__ TakenX taken;
   __shared__ GroupSums parts;
   __shared__ HeadShared heads;
-  __shared__ int group[kMaxSlots];
   const int tid = threadIdx.x;
-  const uint32_t full = shared_address(barriers), empty = full + 8 * kMaxSlots, x_shared = shared_address(shared);
-  const Ring ring{x_shared + a.x_bytes, full, empty, group, a.slots};
+  const uint32_t x_shared = shared_address(shared);
+  const Ring ring{x_shared + a.x_bytes, kept(shared_address(&ring_shared)), a.slots};
   const auto read_link = [&](int i) -> ChainLink& { return *reinterpret_cast<ChainLink*>(read[i]); };
   LinkReader reader{a};
   if (tid < 32) reader.load(0), reader.store(read_link(0)), reader.load(1);
   if (tid == 0) {
     for (int i = 0; i < a.slots; ++i) {
-      barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, kChainWarps * kWarpArrivals);
+      barrier_init(ring.full(i), 1);
+      barrier_init(ring.empty(i), kChainWarps * kWarpArrivals);
     }
     barriers_made();
   }
   __syncthreads();
   if (tid >= kChainTakers) return stream_weights(a, &read_link(3), ring);
 
-  Taker taker{parts, taken, ring, x_shared};
+  Taker taker{parts, taken, ring, x_shared, kept(shared_address(parts.part))};
   for (int i = 0; i < a.links; ++i) {
     const ChainLink& here = read_link(i % 3);
     if (tid < 32) reader.store(read_link((i + 1) % 3)), reader.load(i + 2);

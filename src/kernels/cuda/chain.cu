@@ -174,7 +174,7 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
   link.R = int(R), link.K = int(K), link.inputs = own ? int(segments.size()) : 1, link.finish = finish;
   std::vector<Range> in, out;  // of what other ops write and read
   if (norm) {
-    link.norm = norm->norm.as<float>(), link.eps = norm->eps;
+    link.norm = norm->norm.as<float>(), link.eps = norm->eps, link.mean = 1.0f / float(K);
     in.push_back({norm->x.data, size_t(R * K * 4)});
     if (!aligned(link.norm)) return false;
   } else if (!own) {
@@ -217,13 +217,17 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
   link.half_at = link.wide && link.eight ? int(x_rows) : 0;
   const int64_t x_bytes = link.half_at + x_rows + (norm ? (R + 1) * K * 4 : 0);
   if (x_bytes > ring_bytes(device) - kMinSlots * kChainSlot) return false;
-  link.groups = int(groups), link.fixed = int(groups * 5 / 8 / device.sms);
   link.segments = int(segments.size());
   if (!std::all_of(in.begin(), in.end(), [](const Range& r) { return aligned(r.at); })) return false;
   Pending& p = pending(device);
   const Range adds = finish == Finish::add ? out[0] : Range{};
   const bool other = link.eight && p.chain.eight != Weight::bf16 && p.chain.eight != eight;
   if (other || !p.takes(in, out, adds)) launch_chain(ctx);
+  if (p.chain.links > 0 && p.chain.link[p.chain.links - 1].is_kda) {
+    const KdaDecodeArgs& step = p.chain.link[p.chain.links - 1].kda.step;
+    if (step.N * step.H <= device.sms / 2) link.skipped = int(step.N * step.H);
+  }
+  link.groups = int(groups), link.fixed = int(groups * 5 / 8 / (device.sms - link.skipped));
   const auto read = [&](const Range& r, size_t i) {
     bool awaited = false;
     const void* const from = p.read(device, r, awaited);

@@ -43,12 +43,13 @@ struct ChainSegment {
 struct ChainProduct {
   int segments;
   int groups, fixed;  // of rows; how many of them each block has, the rest go to whoever is free
+  int skipped;        // blocks, from the first on, that have none: the heads of the KDA step before, which end later
   int R, K, inputs, x_stride, x_width;
   Finish finish;
   bool wide, eight;  // weights of bf16, of 8 bits are among them
   uint8_t awaited;   // inputs, a bit for each, that a link before gives
   int half_at;       // where x as fp16, for those of 8 bits, begins behind x as bf16
-  float eps;
+  float eps, mean;   // mean: 1 / K
   const __nv_bfloat16* x;
   const float *residual, *norm;  // where not null: x is rms_norm(residual)
   const float* before;           // what y is added to; nullptr: nothing

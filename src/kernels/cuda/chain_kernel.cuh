@@ -114,7 +114,7 @@ __device__ inline void fetch(const ChainLink& link) {
 }
 
 __device__ inline void stream_weights(const Chain& a, ChainLink* here, const Ring& ring) {
-  const int lane = threadIdx.x % 32, links = a.links, slots = ring.slots, blocks = gridDim.x;
+  const int lane = threadIdx.x % 32, links = a.links, slots = ring.slots;
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   LinkReader reader{a};
@@ -133,6 +133,8 @@ __device__ inline void stream_weights(const Chain& a, ChainLink* here, const Rin
     fetch(*here);
     if (here->is_kda) continue;
     const ChainProduct& link = here->product;
+    const int first = int(blockIdx.x) - link.skipped, blocks = int(gridDim.x) - link.skipped;
+    if (first < 0) continue;
     const int groups = link.groups, fixed = link.fixed;
     unsigned ticket = 0;
     const auto ask = [&] {
@@ -140,7 +142,7 @@ __device__ inline void stream_weights(const Chain& a, ChainLink* here, const Rin
     };
     ask();
     for (int turn = 0;; ++turn) {
-      int group = int(blockIdx.x) + turn * blocks;
+      int group = first + turn * blocks;
       if (turn >= fixed) {
         group = int(__shfl_sync(0xffffffffu, ticket, 0)) + fixed * blocks;
         if (group >= groups) break;
@@ -208,18 +210,22 @@ __device__ inline void take_pieces(const void* from, int pieces, bool awaited, F
   }
 }
 
+struct Power {
+  float value, inverse;
+};
 // What x of a link leaves beside it in shared memory.
 struct TakenX {
   float sums[kChainRows * kChainWarps], most[kMaxSegments * kChainRows * kChainWarps];
   float factor[kMaxSegments * kChainRows];  // by which the products of a row are to be multiplied
 
-  // The largest of the warps' `most` of a row; as a power of two, 2^14 to 2^15 times what it is to be divided by.
-  __device__ float power(int row, float times) const {
+  // The power of two that a row whose largest value is the largest of its warps' `most`, times `times`, is divided by:
+  // 2^14 to 2^15 are left. What is no number stays none.
+  __device__ Power power(int row, float times) const {
     float m = 0;
 #pragma unroll
     for (int i = 0; i < kChainWarps; ++i) m = fmaxf(m, most[row * kChainWarps + i]);
-    m *= times;
-    return m > 0 && m < INFINITY ? exp2f(float(ilogbf(m) - 14)) : 1.0f;
+    const int exponent = max(int(__float_as_uint(m * times) >> 23) - 14, 1);
+    return {__uint_as_float(exponent << 23), __uint_as_float(254 - exponent << 23)};
   }
 };
 __device__ inline float warp_most(float v) {
@@ -232,6 +238,9 @@ __device__ inline uint32_t half2_of(float a, float b) {
 }
 __device__ inline float low_bf16(uint32_t v) { return __uint_as_float(v << 16); }
 __device__ inline float high_bf16(uint32_t v) { return __uint_as_float(v & 0xffff0000u); }
+
+// Two bf16 as fp16, times `by`.
+__device__ inline uint32_t scaled(uint32_t v, float by) { return half2_of(low_bf16(v) * by, high_bf16(v) * by); }
 
 // x of a link to shared memory [inputs * R, x_stride]: as bf16, or beside weights of 8 bits, which are fp16 to the
 // matrix unit, as that: bf16 values times a power of two to each row that makes the largest 2^14 to 2^15, so that what
@@ -247,85 +256,102 @@ __device__ inline void take_x(const ChainProduct& link, uint8_t* shared, TakenX&
     for (int i = tid; i < pad; i += kChainTakers)
       reinterpret_cast<uint4*>(shared + row * stride + K * 2)[i] =
           reinterpret_cast<uint4*>(halves + row * stride + K * 2)[i] = {};
+  float4* const raw = reinterpret_cast<float4*>(halves + R * stride);  // with norm: x [R,K], the norm's weights [K]
+  float4* const weights = raw + R * (K / 4);
   if (link.residual) {
-    uint8_t* const raw = halves + R * stride;
-    float4* const weights = reinterpret_cast<float4*>(raw + int64_t(R) * K * 4);
-    const int pieces = K / 4;
     const float4* const norm = reinterpret_cast<const float4*>(link.norm);
 #pragma unroll 1
-    for (int i = tid; i < pieces; i += kChainTakers) copy16(shared_address(weights + i), norm + i);
+    for (int i = tid; i < K / 4; i += kChainTakers) copy16(shared_address(weights + i), norm + i);
     commit_copies();
+  }
+  // Where x is awaited, a part of it once before it is there: to have the instructions when it comes.
 #pragma unroll 1
-    for (int r = 0; r < R; ++r) {
-      float4* const keep = reinterpret_cast<float4*>(raw) + int64_t(r) * pieces;
-      float sum = 0, most = 0;
-      take_pieces<float, 2>(link.residual + int64_t(r) * K, pieces, link.awaited & 1, [&](int i, uint4 bits) {
-        wait_copies<0>();  // this thread's of the weights, which are those that it reads here
-        const float4 v = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
-                          __uint_as_float(bits.w)},
-                     w = weights[i];
-        keep[i] = v;
-        sum = fmaf(v.x, v.x, sum), sum = fmaf(v.y, v.y, sum), sum = fmaf(v.z, v.z, sum), sum = fmaf(v.w, v.w, sum);
-        most = fmaxf(fmaxf(fmaxf(most, fabsf(v.x * w.x)), fmaxf(fabsf(v.y * w.y), fabsf(v.z * w.z))), fabsf(v.w * w.w));
-      });
-      sum = warp_total(sum), most = warp_most(most);
-      if (tid % 32 == 0) taken.sums[r * kChainWarps + warp] = sum, taken.most[r * kChainWarps + warp] = most;
+  for (bool comes = !link.awaited;; comes = true) {
+    const int most_pieces = comes ? K : kChainTakers;
+    if (link.residual) {
+      const int pieces = min(K / 4, most_pieces);
+#pragma unroll 1
+      for (int r = 0; r < R; ++r) {
+        float4* const keep = raw + r * (K / 4);
+        float sum = 0, most = 0;
+        take_pieces<float, 2>(
+            link.residual + int64_t(r) * K, pieces, comes && link.awaited & 1, [&](int i, uint4 bits) {
+              wait_copies<0>();  // this thread's of the weights, which are those that it reads here
+              const float4 v = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                                __uint_as_float(bits.w)},
+                           w = weights[i];
+              keep[i] = v;
+              sum = fmaf(v.x, v.x, sum), sum = fmaf(v.y, v.y, sum), sum = fmaf(v.z, v.z, sum),
+              sum = fmaf(v.w, v.w, sum);
+              most = fmaxf(fmaxf(fmaxf(most, fabsf(v.x * w.x)), fmaxf(fabsf(v.y * w.y), fabsf(v.z * w.z))),
+                           fabsf(v.w * w.w));
+            });
+        sum = warp_total(sum), most = warp_most(most);
+        if (tid % 32 == 0) taken.sums[r * kChainWarps + warp] = sum, taken.most[r * kChainWarps + warp] = most;
+      }
+      chain_sync();
+#pragma unroll 1
+      for (int r = 0; r < R; ++r) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kChainWarps; ++i) sum += taken.sums[r * kChainWarps + i];
+        const float factor = rsqrtf(sum * link.mean + link.eps);
+        const Power power = taken.power(r, factor);
+        if (tid == 0) taken.factor[r] = power.value;
+        const float4* const from = raw + r * (K / 4);
+#pragma unroll 1
+        for (int i = tid; i < pieces; i += kChainTakers) {
+          const uint2 v = norm_apply(from[i], weights[i], factor);
+          if (wide) {
+            uint32_t* const to = reinterpret_cast<uint32_t*>(shared + r * stride + 16 * (i / 2)) + i % 2;
+            to[0] = v.x, to[2] = v.y;
+          }
+          if (eight) {
+            uint32_t* const to = reinterpret_cast<uint32_t*>(halves + r * stride + 32 * (i / 4)) + i % 4;
+            to[0] = scaled(v.x, power.inverse), to[4] = scaled(v.y, power.inverse);
+          }
+        }
+      }
+    } else {
+      const int inputs = link.inputs, pieces = min(K / 8, most_pieces), rows = inputs * R;
+#pragma unroll 1
+      for (int row = 0; row < rows; ++row) {
+        const int input = row / R;
+        const __nv_bfloat16* from = (inputs > 1 ? link.segment[input].x : link.x) + int64_t(row % R) * K;
+        uint32_t most = 0;  // of both halves' absolute values, whose order is that of their bits
+        take_pieces<__nv_bfloat16, 4>(from, pieces, comes && link.awaited >> input & 1, [&](int i, uint4 v) {
+          *reinterpret_cast<uint4*>(shared + row * stride + 16 * i) = {v.x, v.z, v.y, v.w};
+          most = __vmaxu2(__vmaxu2(most, v.x & 0x7fff7fffu), __vmaxu2(v.y & 0x7fff7fffu, v.z & 0x7fff7fffu));
+          most = __vmaxu2(most, v.w & 0x7fff7fffu);
+        });
+        if (!eight) continue;
+        const float m = warp_most(fmaxf(low_bf16(most), high_bf16(most)));
+        if (tid % 32 == 0) taken.most[row * kChainWarps + warp] = m;
+      }
+      if (eight) chain_sync();
+#pragma unroll 1
+      for (int row = 0; eight && row < rows; ++row) {
+        const Power power = taken.power(row, 1);
+        if (tid == 0) taken.factor[row] = power.value;
+        // A lane has a piece; of two, one lane stores the first halves and its neighbour the second.
+        const bool second = tid % 2;
+#pragma unroll 1
+        for (int base = tid & ~31; base < pieces; base += kChainTakers) {
+          const int i = min(base + tid % 32, pieces - 1);
+          const uint4 v = *reinterpret_cast<const uint4*>(shared + row * stride + 16 * i);
+          const uint2 low{scaled(v.x, power.inverse), scaled(v.y, power.inverse)},
+              high{scaled(v.z, power.inverse), scaled(v.w, power.inverse)}, mine = second ? high : low;
+          uint2 other = second ? low : high;
+          other.x = __shfl_xor_sync(0xffffffffu, other.x, 1), other.y = __shfl_xor_sync(0xffffffffu, other.y, 1);
+          if (base + tid % 32 < pieces)
+            *reinterpret_cast<uint4*>(halves + row * stride + 16 * i) =
+                second ? uint4{other.x, other.y, mine.x, mine.y} : uint4{mine.x, mine.y, other.x, other.y};
+        }
+      }
     }
     chain_sync();
-    for (int r = 0; r < R; ++r) {
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < kChainWarps; ++i) sum += taken.sums[r * kChainWarps + i];
-      const float factor = 1.0f / sqrtf(sum / float(K) + link.eps);
-      const float power = eight ? taken.power(r, factor) : 1.0f, inverse = 1.0f / power;
-      if (eight && tid == 0) taken.factor[r] = power;
-      const float4* const kept = reinterpret_cast<const float4*>(raw) + int64_t(r) * pieces;
-#pragma unroll 1
-      for (int i = tid; i < pieces; i += kChainTakers) {
-        const uint2 v = norm_apply(kept[i], weights[i], factor);
-        if (wide) {
-          uint32_t* const to = reinterpret_cast<uint32_t*>(shared + r * stride + 16 * (i / 2)) + i % 2;
-          to[0] = v.x, to[2] = v.y;
-        }
-        if (eight) {
-          uint32_t* const to = reinterpret_cast<uint32_t*>(halves + r * stride + 32 * (i / 4)) + i % 4;
-          to[0] = half2_of(low_bf16(v.x) * inverse, high_bf16(v.x) * inverse);
-          to[4] = half2_of(low_bf16(v.y) * inverse, high_bf16(v.y) * inverse);
-        }
-      }
-    }
-  } else {
-    const int inputs = link.inputs, pieces = K / 8, rows = inputs * R;
-#pragma unroll 1
-    for (int row = 0; row < rows; ++row) {
-      const int input = row / R;
-      const __nv_bfloat16* from = (inputs > 1 ? link.segment[input].x : link.x) + int64_t(row % R) * K;
-      uint32_t most = 0;  // of both halves' absolute values, whose order is that of their bits
-      take_pieces<__nv_bfloat16, 4>(from, pieces, link.awaited >> input & 1, [&](int i, uint4 v) {
-        *reinterpret_cast<uint4*>(shared + row * stride + 16 * i) = {v.x, v.z, v.y, v.w};
-        most = __vmaxu2(__vmaxu2(most, v.x & 0x7fff7fffu), __vmaxu2(v.y & 0x7fff7fffu, v.z & 0x7fff7fffu));
-        most = __vmaxu2(most, v.w & 0x7fff7fffu);
-      });
-      if (!eight) continue;
-      const float m = warp_most(fmaxf(low_bf16(most), high_bf16(most)));
-      if (tid % 32 == 0) taken.most[row * kChainWarps + warp] = m;
-    }
-    if (eight) chain_sync();
-    for (int row = 0; eight && row < rows; ++row) {
-      const float power = taken.power(row, 1), inverse = 1.0f / power;
-      if (tid == 0) taken.factor[row] = power;
-      const auto scaled = [&](uint32_t v) { return half2_of(low_bf16(v) * inverse, high_bf16(v) * inverse); };
-#pragma unroll 1
-      for (int i = tid; i < pieces / 2; i += kChainTakers) {
-        const uint4* const at = reinterpret_cast<const uint4*>(shared + row * stride + 32 * i);
-        uint4* const to = reinterpret_cast<uint4*>(halves + row * stride + 32 * i);
-        const uint4 v = at[0], w = at[1];
-        to[0] = {scaled(v.x), scaled(v.y), scaled(w.x), scaled(w.y)};
-        to[1] = {scaled(v.z), scaled(v.w), scaled(w.z), scaled(w.w)};
-      }
-    }
+    if (comes) break;
   }
-  chain_sync();
 }
 
 // Bytes 2i and 2i+1 of a word (i = 0, 1) of 8-bit weights as two fp16.
@@ -420,8 +446,8 @@ struct TakenRows {
   const ChainSegment* segment;
   int from = 0, to = 0;  // its groups
   int row_bytes, chunk, stride, w_piece;
-  uint32_t w, x_at;         // the lane's first piece of a row, in the ring's first place, and of x
-  uint32_t out;             // the sum that the lane has, of the first group; 0: none
+  uint32_t w, x_at;  // the lane's first piece of a row, in the ring's first place, and of x
+  uint32_t out;      // the sum that the lane has, of the first group; 0: none
   bool eight, kept;
   uint4 x[kChainTurns];  // where a row is one chunk, what the lane multiplies with
 
@@ -558,6 +584,10 @@ static __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __
     const ChainLink& here = read_link(i % 3);
     if (tid < 32) reader.store(read_link((i + 1) % 3)), reader.load(i + 2);
     if (!here.is_kda) {
+      if (int(blockIdx.x) < here.product.skipped) {
+        chain_sync();
+        continue;
+      }
       take_x<kEight>(here.product, shared, taken);
       taker.take<kEight>(here.product);
       continue;

@@ -108,16 +108,15 @@ __device__ inline uint32_t shared2(uint32_t from) {
   return v;
 }
 
-__device__ inline uint32_t shared_load(uint32_t from) {
+__device__ inline uint32_t shared4(uint32_t from) {
   uint32_t v;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
   return v;
 }
-template <class T>
-__device__ inline void shared_store(uint32_t to, T v) {
-  static_assert(sizeof(T) == 4);
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(reinterpret_cast<const uint32_t&>(v)) : "memory");
+__device__ inline void store_shared4(uint32_t to, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
 }
+
 __device__ inline uint2 shared8(uint32_t from) {
   uint2 v;
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");

@@ -10,6 +10,9 @@
 namespace kda::cuda {
 
 inline constexpr int kChainWarps = 10, kChainTakers = 32 * kChainWarps, kChainThreads = kChainTakers + 32;
+inline constexpr int kChainColumns = 8;  // of the matrix unit
+inline constexpr int kChainTurns =
+    kChainSlot / (kChainColumns * kChainPiece * kChainWarps);  // pieces of a chunk to a lane
 
 #if __CUDA_ARCH__ >= 900
 

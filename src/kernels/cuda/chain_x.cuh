@@ -93,7 +93,7 @@ struct XShared {
 #pragma unroll 1
     for (int row = 0; pieces && row < link.inputs * link.R; ++row)
       for (int i = threadIdx.x; i < pieces; i += kChainTakers) {
-        const int64_t at = int64_t(row) * link.x_stride + link.K * 2 + 16 * i;
+        const int at = row * link.x_stride + link.K * 2 + 16 * i;
         *reinterpret_cast<uint4*>(wide + at) = *reinterpret_cast<uint4*>(eight + at) = {};
       }
   }
@@ -175,7 +175,7 @@ struct XShared {
 #pragma unroll 1
       for (int base = warp * 32; base < pieces; base += kChainTakers) {
         const int i = base + tid % 32;
-        const int64_t at = int64_t(row) * link.x_stride + 16 * min(i, pieces - 1);
+        const int at = row * link.x_stride + 16 * min(i, pieces - 1);
         const uint4 v = *reinterpret_cast<const uint4*>(wide + at);
         const uint2 low{scaled(v.x, power.inverse), scaled(v.y, power.inverse)},
             high{scaled(v.z, power.inverse), scaled(v.w, power.inverse)}, mine = second ? high : low;

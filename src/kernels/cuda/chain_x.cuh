@@ -175,8 +175,8 @@ struct XShared {
 #pragma unroll 1
       for (int base = warp * 32; base < pieces; base += kChainTakers) {
         const int i = base + tid % 32;
-        const int at = row * link.x_stride + 16 * min(i, pieces - 1);
-        const uint4 v = *reinterpret_cast<const uint4*>(wide + at);
+        const int at = row * link.x_stride + 16 * i;
+        const uint4 v = i < pieces ? *reinterpret_cast<const uint4*>(wide + at) : uint4{};
         const uint2 low{scaled(v.x, power.inverse), scaled(v.y, power.inverse)},
             high{scaled(v.z, power.inverse), scaled(v.w, power.inverse)}, mine = second ? high : low;
         uint2 other = second ? low : high;

@@ -262,6 +262,41 @@ TEST(CudaChain, OpsMayComeInAnyOrder) {
   }
 }
 
+// More values than what a block runs through before they are there.
+TEST(CudaChain, LongInputsAreAwaitedWhole) {
+  KDA_NEEDS_CUDA();
+  CudaContext ctx;
+  constexpr int64_t D = 1600, F = 5184;
+  for (Dtype d : {Dtype::bf16, Dtype::f8_e4m3, Dtype::i8})
+    for (int64_t R : {1, 2}) {
+      const Matrix in = Matrix::make(ctx, "long/in", d, D, D), up = Matrix::make(ctx, "long/up", d, F, D),
+                   down = Matrix::make(ctx, "long/down", d, D, F);
+      const Buffer norm(ctx, values("long/norm", D));
+      TypedBuffer first(ctx, Dtype::bf16, rounded(values("long/x", R * D))), wide(ctx, Dtype::bf16, R * F),
+          h(ctx, Dtype::bf16, R * F);
+      const auto run = [&](bool chained) {
+        Buffer x(ctx, values("long/sum", R * D));
+        const View xs = x.view({R, D}), hs = h.view({R, D});
+        const auto ops = [&] {
+          const MatmulSegment to{up.view(), wide.view({R, F})};
+          for (int layer = 0; layer < 2; ++layer) {
+            matvec_add(ctx, {first.view({R, D}), in.view(), xs, hs});
+            norm_matvec_relu2(ctx, {.x = xs, .norm = norm.view({D}), .eps = 1e-5f, .segments = {&to, 1}, .h = hs});
+            matvec_add(ctx, {wide.view({R, F}), down.view(), xs, hs});
+          }
+        };
+        if (chained)
+          ctx.backend->record(ctx, ops)->run(ctx);
+        else
+          ops();
+        return std::pair(x.fetch(), wide.fetch());
+      };
+      const auto alone = run(false);
+      EXPECT_EQ(run(true), alone) << name_of(d) << ", " << R << " rows";
+      EXPECT_NE(alone.first, values("long/sum", R * D)) << "sabotage: the ops do something";
+    }
+}
+
 TEST(CudaChain, WhatIsNoNumberIsHandedOn) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;

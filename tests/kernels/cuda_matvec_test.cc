@@ -78,10 +78,12 @@ struct Size {
   std::vector<int64_t> N;
   int64_t K;
 };
-// Stacked segments; parts of K (the last two); sizes one off each border; those of the path for any K.
+// Stacked segments; parts of K; more rows than a block adds up at once (the last); sizes one off each border; those of
+// the path for any K.
 const Size kSizes[] = {{{1}, 16},          {{15, 17, 1}, 32},     {{16}, 256},   {{40, 3}, 272},
                        {{300}, 528},       {{33, 128, 20}, 1040}, {{7, 9}, 13},  {{21}, 8 * 31},
-                       {{333, 1001}, 520}, {{2048}, 2560},        {{700}, 6400}, {{2700, 65}, 5184}};
+                       {{333, 1001}, 520}, {{2048}, 2560},        {{700}, 6400}, {{2700, 65}, 5184},
+                       {{48000, 70}, 64}};
 
 TEST(CudaMatvec, FollowsTheReference) {
   KDA_NEEDS_CUDA();
@@ -269,8 +271,11 @@ TEST(CudaMatvec, AddsToTheResidualStream) {
 TEST(CudaMatvec, ARowIsTheSameInAnyBatch) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
-  for (const auto& [d, least, R] : {std::tuple<Dtype, int64_t, int64_t>{Dtype::bf16, 1, 2}, {Dtype::bf16, 3, 16},
-                                    {Dtype::i8, 1, 2}, {Dtype::f8_e4m3, 1, 2}, {Dtype::i8, 3, 200},
+  for (const auto& [d, least, R] : {std::tuple<Dtype, int64_t, int64_t>{Dtype::bf16, 1, 2},
+                                    {Dtype::bf16, 3, 16},
+                                    {Dtype::i8, 1, 2},
+                                    {Dtype::f8_e4m3, 1, 2},
+                                    {Dtype::i8, 3, 200},
                                     {Dtype::f8_e4m3, 3, 200}}) {
     const int64_t K = 2560;
     std::vector<Matrix> w;
@@ -319,9 +324,17 @@ TEST(CudaMatvec, OfManyRowsOneDependsOnNoOther) {
 TEST(CudaMatvec, WideAndDeepMatricesOfManyRows) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;
-  for (const auto& [N, K, R] : {std::array<int64_t, 3>{18432, 136, 64}, {18400, 264, 17}, {17411, 72, 33},
-                                {40003, 64, 64}, {18432, 64, 128}, {320, 18432, 64}, {200, 5000, 65},
-                                {18432, 272, 9}, {17411, 80, 33}, {18432, 144, 128}, {200, 5008, 65}})
+  for (const auto& [N, K, R] : {std::array<int64_t, 3>{18432, 136, 64},
+                                {18400, 264, 17},
+                                {17411, 72, 33},
+                                {40003, 64, 64},
+                                {18432, 64, 128},
+                                {320, 18432, 64},
+                                {200, 5000, 65},
+                                {18432, 272, 9},
+                                {17411, 80, 33},
+                                {18432, 144, 128},
+                                {200, 5008, 65}})
     for (Dtype stored : kTypes) {
       if (stored != Dtype::bf16 && K % 16) continue;
       const std::string what = cat("wide/", name_of(stored), "_N", N, "_K", K, "_R", R);

@@ -178,7 +178,7 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
     in.push_back({norm->x.data, size_t(R * K * 4)});
     if (!aligned(link.norm)) return false;
   } else if (!own) {
-    in.push_back({segments[0].x.data ? segments[0].x.data : x.data, size_t(R * K * 2)});
+    in.push_back({x.data, size_t(R * K * 2)});
   }
   if (K > 1 << 16) return false;
   int64_t groups = 0;
@@ -212,7 +212,7 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
     if (groups > 1 << 30) return false;
   }
   if (groups == 0) return true;
-  link.x_stride = int(link.x_width * 2 % 128 ? link.x_width * 2 : link.x_width * 2 + 64);  // rows in different banks
+  link.x_stride = link.x_width * 2 + 64;  // rows in different banks
   const int64_t x_rows = link.inputs * R * link.x_stride;
   link.half_at = link.wide && link.eight ? int(x_rows) : 0;
   const int64_t x_bytes = link.half_at + x_rows + (norm ? (R + 1) * K * 4 : 0);

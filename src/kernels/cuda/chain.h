@@ -31,7 +31,7 @@ struct ChainSegment {
   const __nv_bfloat16* x;  // own input; nullptr where all share one
   int rows;
   // Rows are taken in groups of `group` (4 or 8), of which `first` is the segment's first within the link; of a row
-  // `chunk` bytes are fetched at a time, a multiple of 8 / group pieces, or all.
+  // `chunk` bytes are fetched at a time: all, or as much as the takers take in kChainTurns.
   int first;
   uint16_t chunk;
   uint8_t group, input;  // which of the link's inputs
@@ -44,7 +44,8 @@ struct ChainProduct {
   int segments;
   int groups, fixed;  // of rows; how many of them each block has, the rest go to whoever is free
   int skipped;        // blocks, from the first on, that have none: the heads of the KDA step before, which end later
-  int R, K, inputs, x_stride, x_width;
+  int R, K, inputs;
+  int x_width, x_stride;  // K, and zeros up to whole chunks of every segment; a row in shared memory, bytes
   Finish finish;
   bool wide, eight;  // weights of bf16, of 8 bits are among them
   uint8_t awaited;   // inputs, a bit for each, that a link before gives

@@ -73,31 +73,29 @@ struct GroupSums {
   }
 
   __device__ void finish(const ChainProduct& link, const TakenX& taken, int groups) const {
-    static_assert(kChainRows == 2 && kChainColumns == 8);
+    static_assert(kChainRows == 2 && kChainColumns == 8 && kMaxGroups * kChainColumns <= kChainTakers);
+    if (groups == 0) return;
     const int R = link.R, shift = 2 + R, at = threadIdx.x & ((1 << shift) - 1), turn = threadIdx.x >> shift;
-    const int r = at / kChainColumns, column = at % kChainColumns;
-    for (int first = 0; first < groups; first += kChainTakers >> shift) {
-      const int i = min(first + turn, groups - 1);
-      const ChainSegment& segment = segment_of(link, group[i]);
-      const int n = (group[i] - segment.first) * segment.group + column;
-      float v = 0;
+    const int r = at / kChainColumns, column = at % kChainColumns, i = min(turn, groups - 1);
+    const ChainSegment& segment = segment_of(link, group[i]);
+    const int n = (group[i] - segment.first) * segment.group + column;
+    float v = 0;
 #pragma unroll
-      for (int j = 0; j < kChainWarps; ++j) v += part[i * stride(R) + (j << shift) + at];
-      const float other = __shfl_xor_sync(0xffffffffu, v, 4, kChainColumns);  // all lanes: their groups may differ
-      if (segment.group == 4) v += other;
-      if (first + turn >= groups || column >= segment.group || n >= segment.rows) continue;
-      if (segment.scale)
-        v *= scale[i * kChainColumns + column] * taken.factor[(link.inputs > 1 ? segment.input * R : 0) + r];
-      if (link.finish == Finish::relu2) v = v > 0 ? v * v : v < 0 ? 0 : v * 0;  // a NaN stays one
-      if (link.before) v += before[(i * R + r) * kChainColumns + column];
-      const int64_t to = r * int64_t(segment.rows) + n;
-      if (segment.f32) {
-        if (segment.passed) store_value(static_cast<float*>(segment.passed) + to, v);
-        if (segment.y) static_cast<float*>(segment.y)[to] = v;
-      } else {
-        if (segment.passed) store_value(static_cast<__nv_bfloat16*>(segment.passed) + to, v);
-        if (segment.y) static_cast<__nv_bfloat16*>(segment.y)[to] = __float2bfloat16_rn(v);
-      }
+    for (int j = 0; j < kChainWarps; ++j) v += part[i * stride(R) + (j << shift) + at];
+    const float other = __shfl_xor_sync(0xffffffffu, v, 4, kChainColumns);  // all lanes: their groups may differ
+    if (segment.group == 4) v += other;
+    if (turn >= groups || column >= segment.group || n >= segment.rows) return;
+    if (segment.scale)
+      v *= scale[i * kChainColumns + column] * taken.factor[(link.inputs > 1 ? segment.input * R : 0) + r];
+    if (link.finish == Finish::relu2) v = v > 0 ? v * v : v < 0 ? 0 : v * 0;  // a NaN stays one
+    if (link.before) v += before[(i * R + r) * kChainColumns + column];
+    const int64_t to = r * int64_t(segment.rows) + n;
+    if (segment.f32) {
+      if (segment.passed) store_value(static_cast<float*>(segment.passed) + to, v);
+      if (segment.y) static_cast<float*>(segment.y)[to] = v;
+    } else {
+      if (segment.passed) store_value(static_cast<__nv_bfloat16*>(segment.passed) + to, v);
+      if (segment.y) static_cast<__nv_bfloat16*>(segment.y)[to] = __float2bfloat16_rn(v);
     }
   }
 };
@@ -111,7 +109,9 @@ struct TakenRows {
   uint32_t w, x_at;  // the lane's first piece of a row, in the ring's first place, and of x
   uint32_t out;      // the sum that the lane has, of the first group; 0: none
   bool eight, kept;
-  uint4 x[kChainTurns];  // where a row is one chunk, what the lane multiplies with
+  // Where a row is one chunk, and of the kernel's type (a form for each type would be more code): what the lane
+  // multiplies with.
+  uint4 x[kChainTurns];
 
   // The two sets of columns 2 r and 2 r + 1 have different pieces, and so have neighbouring rows, which read different
   // banks: of 4 rows each has one half of the pieces in its first, the other in its second place; of 8, neighbouring
@@ -165,7 +165,7 @@ struct Taker {
     float sum[2][2][4] = {};
     for (int byte = 0;;) {
       const int bytes = kKept ? rows.row_bytes : min(rows.chunk, rows.row_bytes - byte);
-      // Behind its last piece, which a lane then takes again, x is zeros.
+      // Behind the row's last piece, which a lane then takes again, x is zeros. (An infinity there gives a NaN.)
       const uint32_t w = rows.w + at.slot * kChainSlot, last = w + bytes - (rows.w_piece + 1) * kChainPiece;
       uint4 v[kChainTurns], y[kChainTurns];
 #pragma unroll
@@ -189,7 +189,7 @@ struct Taker {
     TakenRows<kEight> rows;
     int group = next_group();
     do {
-      int groups = 0, until = threadIdx.x / 32;  // the warp's turn to begin
+      int groups = 0, until = threadIdx.x / 32;  // groups until the warp has to begin one
       uint32_t sums = 0;
       for (; group >= 0 && groups < most; sums += stride, ++groups, group = next_group()) {
         if (group < rows.from || group >= rows.to) rows.begin(link, group, ring.places, x_shared, parts_shared);
@@ -245,17 +245,15 @@ static __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __
   for (int i = 0; i < a.links; ++i) {
     const ChainLink& here = read_link(i % 3);
     if (tid < 32) reader.store(read_link((i + 1) % 3)), reader.load(i + 2);
-    if (!here.is_kda) {
-      if (int(blockIdx.x) < here.product.skipped) {
-        chain_sync();
-        continue;
-      }
+    if (here.is_kda) {
+      take_heads<kEight>(here.kda, heads);
+      chain_sync();
+    } else if (int(blockIdx.x) < here.product.skipped) {
+      chain_sync();
+    } else {
       XShared<kEight>(here.product, shared, taken).take();
       taker.take<kEight>(here.product);
-      continue;
     }
-    take_heads<kEight>(here.kda, heads);
-    chain_sync();
   }
 #endif
 }

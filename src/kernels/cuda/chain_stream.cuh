@@ -4,6 +4,7 @@
 // while the links' ends and beginnings wait for each other. Most rows of a link are dealt out beforehand; the rest go
 // to the blocks that the memory serves faster.
 #pragma once
+#include "kernels/cuda/async.cuh"
 #include "kernels/cuda/chain_values.cuh"
 
 namespace kda::cuda {
@@ -81,7 +82,7 @@ __device__ inline void fetch(const ChainLink& link) {
   }
   const ChainKda& kda = link.kda;
   const KdaDecodeArgs& k = kda.step;
-  constexpr int64_t W = kHeadWidth;
+  constexpr int64_t W = kGateWidth;
   const int64_t H = k.H;
 #pragma unroll 1
   for (int head = blockIdx.x; head < k.N * k.H; head += gridDim.x) {

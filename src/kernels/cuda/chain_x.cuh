@@ -2,7 +2,9 @@
 #pragma once
 #include <cuda_fp16.h>
 
+#include "kernels/cuda/async.cuh"
 #include "kernels/cuda/chain_values.cuh"
+#include "kernels/cuda/kda_decode_kernel.cuh"
 #include "kernels/cuda/matvec_kernel.cuh"
 
 namespace kda::cuda {
@@ -48,7 +50,7 @@ struct TakenX {
   float factor[kChainSegments * kChainRows];  // by which the products of a row are to be multiplied
 
   // The power of two that a row whose largest value is the largest of its warps' `most`, times `times`, is divided by:
-  // 2^14 to 2^15 are left. What is no number stays none.
+  // 2^14 to 2^15 are left, or less of what was below 2^-112. What is no number stays none.
   __device__ Power power(int row, float times) const {
     float m = 0;
 #pragma unroll
@@ -78,35 +80,43 @@ template <Weight kEight>
 struct XShared {
   const ChainProduct& link;
   TakenX& taken;
-  uint8_t *wide, *eight;  // one place where the link has only one kind
-  float4 *raw, *norm;     // x [R,K] before its norm, and the norm's weights [K]
+  const bool has_wide, has_eight;
+  const int R, K, stride;
+  uint8_t *const wide, *const eight;  // one place where the link has only one kind
+  float4 *const raw, *const norm;     // x [R,K] before its norm, and the norm's weights [K]
 
   __device__ XShared(const ChainProduct& l, uint8_t* shared, TakenX& t)
-      : link(l), taken(t), wide(shared), eight(shared + l.half_at) {
-    raw = reinterpret_cast<float4*>(eight + l.R * l.x_stride), norm = raw + l.R * (l.K / 4);
-  }
-  __device__ bool has_wide() const { return kEight == Weight::bf16 || link.wide; }
-  __device__ bool has_eight() const { return kEight != Weight::bf16 && link.eight; }
+      : link(l),
+        taken(t),
+        has_wide(kEight == Weight::bf16 || l.wide),
+        has_eight(kEight != Weight::bf16 && l.eight),
+        R(l.R),
+        K(l.K),
+        stride(l.x_stride),
+        wide(shared),
+        eight(shared + l.half_at),
+        raw(reinterpret_cast<float4*>(eight + R * stride)),
+        norm(raw + R * (K / 4)) {}
 
   __device__ void pad() {
-    const int pieces = (link.x_width - link.K) / 8;
+    const int pieces = (link.x_width - K) / 8;
 #pragma unroll 1
-    for (int row = 0; pieces && row < link.inputs * link.R; ++row)
+    for (int row = 0; pieces && row < link.inputs * R; ++row)
       for (int i = threadIdx.x; i < pieces; i += kChainTakers) {
-        const int at = row * link.x_stride + link.K * 2 + 16 * i;
+        const int at = row * stride + K * 2 + 16 * i;
         *reinterpret_cast<uint4*>(wide + at) = *reinterpret_cast<uint4*>(eight + at) = {};
       }
   }
 
   __device__ void ask_for_norm() {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < link.K / 4; i += kChainTakers)
+    for (int i = threadIdx.x; i < K / 4; i += kChainTakers)
       copy16(shared_address(norm + i), reinterpret_cast<const float4*>(link.norm) + i);
     commit_copies();
   }
   // rms_norm of the residual's rows; `pieces` of 4 values of each.
   __device__ void take_normed(int pieces, bool awaited) {
-    const int tid = threadIdx.x, warp = tid / 32, R = link.R, K = link.K;
+    const int tid = threadIdx.x, warp = tid / 32;
 #pragma unroll 1
     for (int r = 0; r < R; ++r) {
       float4* const keep = raw + r * (K / 4);
@@ -130,17 +140,17 @@ struct XShared {
 #pragma unroll
       for (int i = 0; i < kChainWarps; ++i) sum += taken.sums[r * kChainWarps + i];
       const float factor = rsqrtf(sum * link.mean + link.eps);
-      const Power power = has_eight() ? taken.power(r, factor) : Power{};
-      if (has_eight() && tid == 0) taken.factor[r] = power.value;
+      const Power power = has_eight ? taken.power(r, factor) : Power{};
+      if (has_eight && tid == 0) taken.factor[r] = power.value;
 #pragma unroll 1
       for (int i = tid; i < pieces; i += kChainTakers) {
         const uint2 v = norm_apply(raw[r * (K / 4) + i], norm[i], factor);
-        if (has_wide()) {
-          uint32_t* const to = reinterpret_cast<uint32_t*>(wide + r * link.x_stride + 16 * (i / 2)) + i % 2;
+        if (has_wide) {
+          uint32_t* const to = reinterpret_cast<uint32_t*>(wide + r * stride + 16 * (i / 2)) + i % 2;
           to[0] = v.x, to[2] = v.y;
         }
-        if (has_eight()) {
-          uint32_t* const to = reinterpret_cast<uint32_t*>(eight + r * link.x_stride + 32 * (i / 4)) + i % 4;
+        if (has_eight) {
+          uint32_t* const to = reinterpret_cast<uint32_t*>(eight + r * stride + 32 * (i / 4)) + i % 4;
           to[0] = scaled(v.x, power.inverse), to[4] = scaled(v.y, power.inverse);
         }
       }
@@ -149,22 +159,22 @@ struct XShared {
 
   // The inputs' rows as they are; `pieces` of 8 values of each.
   __device__ void take_given(int pieces, bool comes) {
-    const int tid = threadIdx.x, warp = tid / 32, R = link.R, rows = link.inputs * R;
+    const int tid = threadIdx.x, warp = tid / 32, rows = link.inputs * R;
 #pragma unroll 1
     for (int row = 0; row < rows; ++row) {
       const int input = row / R;
-      const __nv_bfloat16* from = (link.inputs > 1 ? link.segment[input].x : link.x) + int64_t(row % R) * link.K;
+      const __nv_bfloat16* from = (link.inputs > 1 ? link.segment[input].x : link.x) + int64_t(row % R) * K;
       uint32_t most = 0;  // of both halves' absolute values, whose order is that of their bits
       take_pieces<__nv_bfloat16, 4>(from, pieces, comes && link.awaited >> input & 1, [&](int i, uint4 v) {
-        *reinterpret_cast<uint4*>(wide + row * link.x_stride + 16 * i) = {v.x, v.z, v.y, v.w};
+        *reinterpret_cast<uint4*>(wide + row * stride + 16 * i) = {v.x, v.z, v.y, v.w};
         most = __vmaxu2(__vmaxu2(most, v.x & 0x7fff7fffu), __vmaxu2(v.y & 0x7fff7fffu, v.z & 0x7fff7fffu));
         most = __vmaxu2(most, v.w & 0x7fff7fffu);
       });
-      if (!has_eight()) continue;
+      if (!has_eight) continue;
       const float m = warp_most(fmaxf(low_bf16(most), high_bf16(most)));
       if (tid % 32 == 0) taken.most[row * kChainWarps + warp] = m;
     }
-    if (!has_eight()) return;
+    if (!has_eight) return;
     chain_sync();
     // A lane has a piece; of two, one lane stores the first halves and its neighbour the second.
     const bool second = tid % 2;
@@ -175,7 +185,7 @@ struct XShared {
 #pragma unroll 1
       for (int base = warp * 32; base < pieces; base += kChainTakers) {
         const int i = base + tid % 32;
-        const int at = row * link.x_stride + 16 * i;
+        const int at = row * stride + 16 * i;
         const uint4 v = i < pieces ? *reinterpret_cast<const uint4*>(wide + at) : uint4{};
         const uint2 low{scaled(v.x, power.inverse), scaled(v.y, power.inverse)},
             high{scaled(v.z, power.inverse), scaled(v.w, power.inverse)}, mine = second ? high : low;
@@ -188,17 +198,17 @@ struct XShared {
     }
   }
 
+  // Where x is awaited, first a part of it as it is found: so the instructions are there when x is.
   __device__ void take() {
     pad();
     if (link.norm) ask_for_norm();
-      // Where x is awaited, first a part of it as it is found: so the instructions are there when x is.
 #pragma unroll 1
     for (bool comes = !link.awaited;; comes = true) {
-      const int most = comes ? link.K : kChainTakers;
+      const int limit = comes ? K : kChainTakers;  // pieces
       if (link.norm)
-        take_normed(min(link.K / 4, most), comes && link.awaited);
+        take_normed(min(K / 4, limit), comes && link.awaited);
       else
-        take_given(min(link.K / 8, most), comes);
+        take_given(min(K / 8, limit), comes);
       chain_sync();
       if (comes) break;
     }

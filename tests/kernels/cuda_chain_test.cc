@@ -262,7 +262,7 @@ TEST(CudaChain, OpsMayComeInAnyOrder) {
   }
 }
 
-// More values than what a block runs through before they are there.
+// More values than what a block runs through before they are there, 320 pieces of 16 bytes: 400 and 648.
 TEST(CudaChain, LongInputsAreAwaitedWhole) {
   KDA_NEEDS_CUDA();
   CudaContext ctx;

@@ -194,7 +194,7 @@ bool chain_product(Context& ctx, std::span<const MatmulSegment> segments, ConstV
     if (own) in.push_back({s.x.data, size_t(R * K * 2)});
     // 8 rows to a group where a chunk holds them whole, else 4.
     const int64_t bytes = K << wide, rows = s.w.w.dim(0), group = 8 * bytes > kChainSlot ? 4 : 8;
-    const int64_t chunk = kChainTurns * kChainWarps * kChainPiece * 8 / group;
+    const int64_t chunk = kChainTurns * kChainWarps * kChainPiece * kChainColumns / group;
     link.x_width = std::max(link.x_width, int(ceil_div(bytes, chunk) * chunk >> wide));
     if (rows > 1 << 30) return false;
     link.segment[i] = {.w = static_cast<const uint8_t*>(s.w.w.data),

@@ -31,7 +31,7 @@ struct ChainSegment {
   const __nv_bfloat16* x;  // own input; nullptr where all share one
   int rows;
   // Rows are taken in groups of `group` (4 or 8), of which `first` is the segment's first within the link; of a row
-  // `chunk` bytes are fetched at a time: all, or as much as the takers take in kChainTurns.
+  // `chunk` bytes are fetched at a time: all, or what the warps take in kChainTurns (chain_values.cuh).
   int first;
   uint16_t chunk;
   uint8_t group, input;  // which of the link's inputs
@@ -43,9 +43,9 @@ struct ChainSegment {
 struct ChainProduct {
   int segments;
   int groups, fixed;  // of rows; how many of them each block has, the rest go to whoever is free
-  int skipped;        // blocks, from the first on, that have none: the heads of the KDA step before, which end later
+  int skipped;        // the first blocks, which have heads of the KDA step just before; 0 where more than half have
   int R, K, inputs;
-  int x_width, x_stride;  // K, and zeros up to whole chunks of every segment; a row in shared memory, bytes
+  int x_width, x_stride;  // values: K, and zeros up to whole chunks of every segment; bytes of a row in shared memory
   Finish finish;
   bool wide, eight;  // weights of bf16, of 8 bits are among them
   uint8_t awaited;   // inputs, a bit for each, that a link before gives

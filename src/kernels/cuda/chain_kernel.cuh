@@ -51,7 +51,7 @@ __device__ inline uint4 x_piece_at(uint32_t from) {
   return {pair.x, pair.y, 0, 0};
 }
 
-// The sums of up to kMaxGroups / R groups: of each column the warps' parts, in order, then of each row its columns.
+// The sums of up to kMaxGroups / R groups: of each row of weights (here `column`, of y) the warps' parts, in order.
 struct GroupSums {
   static constexpr int kPad = 8;  // so that groups lie in different banks
   float part[kMaxGroups * (kChainWarps * kChainColumns + kPad)];
@@ -113,9 +113,9 @@ struct TakenRows {
   // multiplies with.
   uint4 x[kChainTurns];
 
-  // The two sets of columns 2 r and 2 r + 1 have different pieces, and so have neighbouring rows, which read different
-  // banks: of 4 rows each has one half of the pieces in its first, the other in its second place; of 8, neighbouring
-  // warps have each other's for the odd rows.
+  // The two q of a row of x, 2 r and 2 r + 1 (multiply), have different pieces, and so have neighbouring rows, which
+  // read different banks: of 4 rows each has one half of the pieces in its first, the other in its second place; of 8,
+  // neighbouring warps have each other's for the odd rows.
   __device__ void begin(const ChainProduct& link, int group, uint32_t places, uint32_t x_shared, uint32_t sums) {
     segment = &segment_of(link, group);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -123,7 +123,7 @@ struct TakenRows {
     const auto piece = [&](int set) { return rows == 4 ? 2 * warp + set : warp ^ set; };
     const int w_set = rows == 4 ? g / 4 ^ g % 2 : g % 2, x_piece = piece(g / 2 % 2);
     eight = segment->weight != Weight::bf16;
-    const int wide = eight ? 2 : 1;
+    const int per_byte = eight ? 2 : 1;  // bytes of x to one of weights
     from = segment->first, to = from + (segment->rows + rows - 1 >> (rows == 4 ? 2 : 3));
     row_bytes = link.K << !eight, chunk = segment->chunk;
     stride = (rows == 4 ? 2 * kChainWarps : kChainWarps) * kChainPiece;
@@ -132,12 +132,12 @@ struct TakenRows {
     // Columns beyond the last row of x take some row's values; nobody reads their sums.
     x_at = x_shared + (eight ? link.half_at : 0) +
            ((link.inputs > 1 ? segment->input * R : 0) + min(g / 4, R - 1)) * link.x_stride +
-           (x_piece * kChainPiece + t * 16 + g % 2 * 8) * wide;
+           (x_piece * kChainPiece + t * 16 + g % 2 * 8) * per_byte;
     out = t / 2 < R && t % 2 == w_set ? sums + ((warp * R + t / 2) * kChainColumns + g) * 4 : 0;
     kept = eight == (kEight != Weight::bf16) && chunk == row_bytes;
     if (!kept) return;
 #pragma unroll
-    for (int j = 0; j < kChainTurns; ++j) x[j] = x_piece_at<kEight>(x_at + j * stride * wide);
+    for (int j = 0; j < kChainTurns; ++j) x[j] = x_piece_at<kEight>(x_at + j * stride * per_byte);
   }
 };
 
@@ -161,17 +161,18 @@ struct Taker {
   // The lane's part of the sums of a group whose first chunk is there. kKept: which is all of it.
   template <Weight kW, bool kKept, Weight kEight>
   __device__ float take_group(TakenRows<kEight>& rows) {
-    constexpr int kWide = kW == Weight::bf16 ? 1 : 2;
+    constexpr int kPerByte = kW == Weight::bf16 ? 1 : 2;
     float sum[2][2][4] = {};
     for (int byte = 0;;) {
       const int bytes = kKept ? rows.row_bytes : min(rows.chunk, rows.row_bytes - byte);
-      // Behind the row's last piece, which a lane then takes again, x is zeros. (An infinity there gives a NaN.)
+      // Behind the row's last piece, which a lane then takes again, x is zeros. (So an infinite weight in that piece
+      // may give a NaN where infinity was due.)
       const uint32_t w = rows.w + at.slot * kChainSlot, last = w + bytes - (rows.w_piece + 1) * kChainPiece;
       uint4 v[kChainTurns], y[kChainTurns];
 #pragma unroll
       for (int j = 0; j < kChainTurns; ++j) {
         v[j] = shared16(min(w + j * rows.stride, last));
-        y[j] = kKept ? rows.x[j] : x_piece_at<kW>(rows.x_at + (byte + j * rows.stride) * kWide);
+        y[j] = kKept ? rows.x[j] : x_piece_at<kW>(rows.x_at + (byte + j * rows.stride) * kPerByte);
       }
 #pragma unroll
       for (int j = 0; j < kChainTurns; ++j) multiply<kW>(sum[j % 2], v[j], y[j]);

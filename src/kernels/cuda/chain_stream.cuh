@@ -48,7 +48,8 @@ __device__ inline const ChainSegment& segment_of(const ChainProduct& link, int g
   return link.segment[s];
 }
 
-// A place of the ring: its barriers, and which group it holds a chunk of; -1: the link has no more for this block.
+// Of each place of the ring: its barriers, and in the first four bytes of `group` which group it holds a chunk of; -1:
+// the link has no more for this block. A block that skips a link gets neither chunk nor -1.
 struct RingShared {
   uint64_t full[kMaxSlots], empty[kMaxSlots], group[kMaxSlots];
 };

@@ -1,4 +1,4 @@
-// kernels/cuda/chain_values.cuh — how the blocks of a chain hand each other what their links give.
+// kernels/cuda/chain_values.cuh — the shape of a chain's blocks, and how they hand each other what their links give.
 //
 // A value is its own mark: memory is full of ones before the launch, and what is none of them has come. So a reader
 // needs neither a count nor a fence, only to look again.
@@ -10,9 +10,9 @@
 namespace kda::cuda {
 
 inline constexpr int kChainWarps = 10, kChainTakers = 32 * kChainWarps, kChainThreads = kChainTakers + 32;
-inline constexpr int kChainColumns = 8;  // of the matrix unit
+inline constexpr int kChainColumns = 8;  // of the matrix unit; a group has at most as many rows of weights
 inline constexpr int kChainTurns =
-    kChainSlot / (kChainColumns * kChainPiece * kChainWarps);  // pieces of a chunk to a lane
+    kChainSlot / (kChainColumns * kChainPiece * kChainWarps);  // pieces of a chunk that a lane has a part of
 
 #if __CUDA_ARCH__ >= 900
 

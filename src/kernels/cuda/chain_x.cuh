@@ -75,7 +75,7 @@ __device__ inline uint32_t scaled(uint32_t v, float by) { return half2_of(low_bf
 
 // Where a link's x goes in shared memory: rows [inputs * R, x_stride] as bf16, and beside weights of 8 bits, which are
 // fp16 to the matrix unit, as that: bf16 values times a power of two to each row that makes the largest 2^14 to 2^15,
-// so that what fp16 cannot hold is less than 2^-38 of it. From K to x_width there are zeros.
+// so that what fp16 cannot hold is less than 2^-38 of it. From value K to x_width there are zeros.
 template <Weight kEight>
 struct XShared {
   const ChainProduct& link;
@@ -158,14 +158,14 @@ struct XShared {
   }
 
   // The inputs' rows as they are; `pieces` of 8 values of each.
-  __device__ void take_given(int pieces, bool comes) {
+  __device__ void take_given(int pieces, bool awaited) {
     const int tid = threadIdx.x, warp = tid / 32, rows = link.inputs * R;
 #pragma unroll 1
     for (int row = 0; row < rows; ++row) {
       const int input = row / R;
       const __nv_bfloat16* from = (link.inputs > 1 ? link.segment[input].x : link.x) + int64_t(row % R) * K;
       uint32_t most = 0;  // of both halves' absolute values, whose order is that of their bits
-      take_pieces<__nv_bfloat16, 4>(from, pieces, comes && link.awaited >> input & 1, [&](int i, uint4 v) {
+      take_pieces<__nv_bfloat16, 4>(from, pieces, awaited && link.awaited >> input & 1, [&](int i, uint4 v) {
         *reinterpret_cast<uint4*>(wide + row * stride + 16 * i) = {v.x, v.z, v.y, v.w};
         most = __vmaxu2(__vmaxu2(most, v.x & 0x7fff7fffu), __vmaxu2(v.y & 0x7fff7fffu, v.z & 0x7fff7fffu));
         most = __vmaxu2(most, v.w & 0x7fff7fffu);
@@ -198,7 +198,8 @@ struct XShared {
     }
   }
 
-  // Where x is awaited, first a part of it as it is found: so the instructions are there when x is.
+  // Where x is awaited, first a part of it as it is found: so the instructions are there when x is,
+  // and write everything anew.
   __device__ void take() {
     pad();
     if (link.norm) ask_for_norm();

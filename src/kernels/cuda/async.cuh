@@ -75,6 +75,10 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, 
                "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
+// The same to the second-level cache.
+__device__ inline void prefetch_l2(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 
 // Counting in global memory between blocks: what a block wrote before the one is seen after the other by who sees the
 // count. Where several threads wrote, a barrier of the block comes before.
@@ -122,6 +126,10 @@ __device__ inline uint2 shared8(uint32_t from) {
   asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
   return v;
 }
+
+// The two bf16 of a word.
+__device__ inline float low_bf16(uint32_t v) { return __uint_as_float(v << 16); }
+__device__ inline float high_bf16(uint32_t v) { return __uint_as_float(v & 0xffff0000u); }
 
 // c[16,8] += a[16,16] b[16,8], bf16 operands, fp32 sums.
 __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,

@@ -70,9 +70,7 @@ struct Fetcher {
   __device__ void operator()(const void* from, int64_t bytes) {
     const uint64_t at = reinterpret_cast<uint64_t>(from), first = at / 16 * 16;
     if (int(threadIdx.x % 32) == turn++ % 32)
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first),
-                   "r"(uint32_t((at + bytes + 15) / 16 * 16 - first))
-                   : "memory");
+      prefetch_l2(reinterpret_cast<const void*>(first), uint32_t((at + bytes + 15) / 16 * 16 - first));
   }
 };
 __device__ inline void fetch(const ChainLink& link) {

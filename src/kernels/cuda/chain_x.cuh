@@ -67,9 +67,6 @@ __device__ inline uint32_t half2_of(float a, float b) {
   const __half2 h = __floats2half2_rn(a, b);
   return reinterpret_cast<const uint32_t&>(h);
 }
-__device__ inline float low_bf16(uint32_t v) { return __uint_as_float(v << 16); }
-__device__ inline float high_bf16(uint32_t v) { return __uint_as_float(v & 0xffff0000u); }
-
 // Two bf16 as fp16, times `by`.
 __device__ inline uint32_t scaled(uint32_t v, float by) { return half2_of(low_bf16(v) * by, high_bf16(v) * by); }
 

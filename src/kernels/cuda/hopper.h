@@ -62,14 +62,11 @@ __device__ inline void store_box(const CUtensorMap* map, const void* from, int c
                "r"(shared_address(from)), "r"(column), "r"(row)
                : "memory");
 }
-// Plain bytes, multiples of 16 at multiples of 16: out, and to the second-level cache; in is load_bytes.
+// Plain bytes, multiples of 16 at multiples of 16: out; in is load_bytes.
 __device__ inline void store_bytes(void* to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)),
                "r"(bytes)
                : "memory");
-}
-__device__ inline void prefetch_bytes(const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 template <int n>
 __device__ inline void wait_stores_read_but() {

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kManyThreads, 1)
     };
     for (int p = 0; p < kManyAhead; ++p) {
       const int item = first_item + p / kPieces * blocks, guess = item < total ? guess_of(item) : -1;
-      if (guess >= 0) prefetch_bytes(place(guess, item, p % kPieces), kManyBytes);
+      if (guess >= 0) prefetch_l2(place(guess, item, p % kPieces), kManyBytes);
     }
     wait_for_previous();
     const auto give = [&](int j, int item) {

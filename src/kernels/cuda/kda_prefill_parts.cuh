@@ -1,6 +1,7 @@
 // kernels/cuda/kda_prefill_parts.cuh — pieces of the preparation of a chunk: its shared memory, gates, sums over lanes,
 // tiles of scores and of the triangular solve.
 #pragma once
+#include "kernels/cuda/async.cuh"
 #include "kernels/cuda/kda_prefill.cuh"
 
 #ifdef __CUDACC__
@@ -61,8 +62,7 @@ struct Raw {
   }
   __device__ void widen(float (&x)[n]) const {
 #pragma unroll
-    for (int i = 0; i < n / 2; ++i)
-      x[2 * i] = __uint_as_float(bits[i] << 16), x[2 * i + 1] = __uint_as_float(bits[i] & 0xffff0000u);
+    for (int i = 0; i < n / 2; ++i) x[2 * i] = low_bf16(bits[i]), x[2 * i + 1] = high_bf16(bits[i]);
   }
 };
 

@@ -95,8 +95,6 @@ __device__ __forceinline__ void take_tokens(float (&S)[K / 8][4], float& power, 
     x += shuffled(x, 1);
     return x + shuffled(x, 2);
   };
-  const auto low = [](uint32_t x) { return __uint_as_float(x << 16); };
-  const auto high = [](uint32_t x) { return __uint_as_float(x & 0xffff0000u); };
   ask();
 #pragma unroll 1
   for (int t = 0; t < count; ++t) {
@@ -112,8 +110,8 @@ __device__ __forceinline__ void take_tokens(float (&S)[K / 8][4], float& power, 
     for (int j = 0; j < NT; ++j) {
       const float2 d = *reinterpret_cast<const float2*>(decays + t * K + 8 * j + 2 * tq);
       S[j][0] *= d.x, S[j][1] *= d.y, S[j][2] *= d.x, S[j][3] *= d.y;
-      seen[0] += S[j][0] * low(k[j]), seen[1] += S[j][1] * high(k[j]);
-      seen[2] += S[j][2] * low(k[j]), seen[3] += S[j][3] * high(k[j]);
+      seen[0] += S[j][0] * low_bf16(k[j]), seen[1] += S[j][1] * high_bf16(k[j]);
+      seen[2] += S[j][2] * low_bf16(k[j]), seen[3] += S[j][3] * high_bf16(k[j]);
     }
     const float rate = factors[t], rk = factors[64 + t];
     const float u0 = rate * (v[0] - rk * over_quad(seen[0] + seen[1]));
@@ -121,11 +119,11 @@ __device__ __forceinline__ void take_tokens(float (&S)[K / 8][4], float& power, 
     float out[4] = {};
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      S[j][0] += u0 * low(k[j]), S[j][1] += u0 * high(k[j]);
-      S[j][2] += u1 * low(k[j]), S[j][3] += u1 * high(k[j]);
+      S[j][0] += u0 * low_bf16(k[j]), S[j][1] += u0 * high_bf16(k[j]);
+      S[j][2] += u1 * low_bf16(k[j]), S[j][3] += u1 * high_bf16(k[j]);
       if (outputs) {
-        out[0] += S[j][0] * low(q[j]), out[1] += S[j][1] * high(q[j]);
-        out[2] += S[j][2] * low(q[j]), out[3] += S[j][3] * high(q[j]);
+        out[0] += S[j][0] * low_bf16(q[j]), out[1] += S[j][1] * high_bf16(q[j]);
+        out[2] += S[j][2] * low_bf16(q[j]), out[3] += S[j][3] * high_bf16(q[j]);
       }
     }
     if (outputs) {
